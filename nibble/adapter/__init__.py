@@ -1,0 +1,1 @@
+"""The artefact that leaves: adapter folders in the PEFT format."""

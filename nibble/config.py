@@ -1,0 +1,279 @@
+"""What a run is: `RunConfig` and its sections; the one place where a default stands.
+
+    load_config("recipe.yaml")                          a file
+    load_config("recipe.yaml", ["optim.lr=1e-4"])       a file and overrides
+    load_config(None, ["model.name=...", "..."])        overrides alone
+
+Every field carries its sentence; the command line, the schema, the documentation and the
+studio read the same sentence. Unknown keys are errors.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, StringConstraints, ValidationError
+
+from nibble import yamlfile
+from nibble.errors import UsageError, did_you_mean
+
+Interval = Annotated[str, StringConstraints(pattern=r"^[1-9][0-9]*(s|min|h)$")]
+
+
+def _field(default: Any, memory: str = "", **limits: Any) -> Any:
+    """A field with its default, its limits and its effect on memory."""
+    return Field(default, json_schema_extra={"memory": memory or "none"}, **limits)
+
+
+class Section(BaseModel):
+    """A frozen part of the config that refuses unknown keys."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        use_attribute_docstrings=True,
+        allow_inf_nan=False,
+        protected_namespaces=(),
+    )
+
+
+class ModelConfig(Section):
+    """The base model."""
+
+    name: str = _field("", "sets it: every weight of the base is resident")
+    """Hub id or local folder in the transformers layout."""
+    revision: str | None = _field(None)
+    """Branch, tag or commit of a hub id; null is the newest."""
+    dtype: Literal["bfloat16", "float32"] = _field("bfloat16", "float32 doubles activations")
+    """Type of the 16-bit base and of every product; float32 for exact checks."""
+
+
+class QuantConfig(Section):
+    """How QLoRA stores the base."""
+
+    type: Literal["nf4", "fp4"] = _field("nf4")
+    """4-bit code: NF4 (quantiles of a normal distribution) or FP4 (a 4-bit float)."""
+    block_size: Literal[64, 128, 256, 512, 1024, 2048, 4096] = _field(
+        64, "larger blocks store fewer scales: 0.5 bit a weight at 64 without double"
+    )
+    """Weights that share one scale."""
+    double: bool = _field(True, "saves 0.37 bit a weight")
+    """Store the scales in 8 bits as well (double quantisation)."""
+    search: bool = _field(False)
+    """Choose block scales of least squared error instead of the absolute maximum."""
+
+
+class LoraConfig(Section):
+    """The low-rank update."""
+
+    rank: int = _field(16, "16 bytes a trained value: weight, gradient, two moments", ge=1, le=4096)
+    """Rank R of the update, from 1 to 4096."""
+    alpha: float = _field(32, gt=0)
+    """Numerator of the scale: the update is multiplied by alpha / rank."""
+    dropout: float = _field(0.0, "above 0 keeps a second input per layer", ge=0, lt=1)
+    """Probability of zeroing an input of A, in [0, 1)."""
+    target: Literal["all-linear"] | list[str] = _field("all-linear", "fewer targets, fewer factors")
+    """Layers to adapt: all-linear (the head excepted) or a list of name suffixes."""
+    dtype: Literal["float32", "bfloat16"] = _field("float32", "bfloat16 halves the factors")
+    """Type of the stored factors; products run in model.dtype."""
+    rslora: bool = _field(False)
+    """Scale by alpha / sqrt(rank) instead of alpha / rank."""
+
+
+class DataConfig(Section):
+    """Examples, and how they become rows."""
+
+    train: str | list[str] = _field("")
+    """File or hub id with training examples, or a list of them."""
+    eval: str | Annotated[float, Field(gt=0, lt=1)] | None = _field(None)
+    """Held-out examples: a file, a hub id, or the fraction of train to hold out, in (0, 1)."""
+    format: Literal["auto", "messages", "alpaca", "sharegpt", "prompt-completion", "text"] = _field(
+        "auto"
+    )
+    """How a row is read; auto decides by its columns and says so."""
+    max_seq_len: int = _field(2048, "activations grow with it", ge=8, le=1_048_576)
+    """Tokens in a row, at least 8."""
+    packing: bool = _field(True, "rows are full: activations at their largest")
+    """Lay several documents in one row; they never see each other."""
+    train_on: Literal["assistant", "last", "all"] = _field("assistant")
+    """Tokens that carry loss: assistant turns, the last of them, or everything."""
+    on_bad_row: Literal["stop", "skip"] = _field("stop")
+    """A row that cannot be read: stop, or skip it and list it."""
+    on_long_row: Literal["truncate", "drop", "stop"] = _field("truncate")
+    """A row longer than max_seq_len: cut its end, drop it, or stop; counted and reported."""
+
+
+class TrainConfig(Section):
+    """The loop."""
+
+    epochs: float = _field(1, gt=0, le=10_000)
+    """Passes over the training rows; fractions are allowed."""
+    steps: int | None = _field(None, ge=1)
+    """Optimizer steps; overrides epochs."""
+    batch_size: int = _field(16, ge=1)
+    """Rows per optimizer step over all devices."""
+    micro_batch_size: int | Literal["auto"] = _field(
+        "auto", "activations grow with it", union_mode="left_to_right"
+    )
+    """Rows per forward pass; the rest of the batch is accumulated."""
+    recompute: Literal["auto", "none", "selective", "full", "offload"] = _field(
+        "auto", "full keeps one input per layer instead of all activations"
+    )
+    """Activations that are computed again in the backward pass instead of kept."""
+    exactness: Literal["default", "exact"] = _field("default")
+    """exact allows deterministic operations only."""
+    seed: int = _field(0, ge=0, lt=2**63)
+    """Seed of the adapters, the order of rows and dropout."""
+    eval_every: int | None = _field(None, ge=1)
+    """Steps between evaluations; null evaluates at the start and at the end."""
+    save_every: int | Interval = _field("10min")
+    """Steps, or a time such as 30s, 10min or 2h, between checkpoints."""
+
+
+class OptimConfig(Section):
+    """AdamW and its schedule."""
+
+    name: Literal["adamw", "adamw8bit"] = _field("adamw", "adamw8bit: 2 instead of 8 bytes a value")
+    """Optimizer: AdamW with 32-bit or 8-bit moments."""
+    paged: bool | Literal["auto"] = _field("auto", "moments move to host memory under pressure")
+    """Keep the moments in pages that move to host memory under pressure."""
+    lr: float = _field(2e-4, gt=0, le=10)
+    """Peak learning rate."""
+    schedule: Literal["cosine", "linear", "constant"] = _field("cosine")
+    """Course of the learning rate after warm-up; cosine and linear end at 0."""
+    warmup: float = _field(0.03, ge=0, le=1)
+    """Fraction of the steps over which the learning rate rises from 0, in [0, 1]."""
+    weight_decay: float = _field(0.0, ge=0, le=10)
+    """Decoupled weight decay, multiplied by the learning rate."""
+    max_grad_norm: float = _field(1.0, gt=0)
+    """Gradients are scaled down to this norm."""
+    lora_plus_ratio: float = _field(1.0, gt=0, le=1000)
+    """Learning rate of B over that of A (LoRA+)."""
+
+
+class RunConfig(Section):
+    """Everything that decides a run."""
+
+    method: Literal["auto", "lora", "qlora", "full"] = _field(
+        "auto", "the base takes 2 bytes a weight (lora), 0.52 (qlora) or 16 (full)"
+    )
+    """lora, qlora, full, or auto: decided for this device, with the reason."""
+    out: str | None = _field(None)
+    """Folder of the run; null is runs/<model>-<method>."""
+    model: ModelConfig = ModelConfig()
+    quant: QuantConfig = QuantConfig()
+    lora: LoraConfig = LoraConfig()
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+    optim: OptimConfig = OptimConfig()
+
+    _origins: dict[str, str] = PrivateAttr(default_factory=dict)
+
+    def origin(self, key: str) -> str:
+        """Where the value of a dotted key came from: default, file, flag or planner."""
+        return self._origins.get(key, "default")
+
+    def flat(self) -> dict[str, Any]:
+        """Every dotted key with its value."""
+        return flatten(self.model_dump())
+
+    def with_values(self, values: Mapping[str, Any], origin: str) -> "RunConfig":
+        """A copy in which the dotted keys of `values` have new values from `origin`."""
+        merged = self.model_dump()
+        for key, value in values.items():
+            _set(merged, key, value)
+        run = _validate(merged, {})
+        run._origins.update(self._origins, **dict.fromkeys(values, origin))
+        return run
+
+
+def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> RunConfig:
+    """The run that a YAML file and `section.key=value` overrides describe.
+
+    Raises:
+        UsageError: If a key is unknown, a value is out of range, or the file is not YAML.
+    """
+    values, lines = yamlfile.read(Path(path)) if path is not None else ({}, {})
+    origins = dict.fromkeys(flatten(values), "file")
+    for override in overrides:
+        key, value = _split_override(override)
+        _set(values, key, value)
+        lines.pop(key, None)
+        origins[key] = "flag"
+    run = _validate(values, lines)
+    run._origins.update(origins)
+    return run
+
+
+def keys() -> dict[str, Any]:
+    """Every dotted key with its pydantic field, in the order of the classes."""
+    found: dict[str, Any] = {}
+    for name, field in RunConfig.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            section = field.annotation.model_fields
+            found.update({f"{name}.{key}": inner for key, inner in section.items()})
+        else:
+            found[name] = field
+    return found
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one mapping of dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _split_override(override: str) -> tuple[str, Any]:
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise UsageError(
+            f"--set {override!r} is not of the form section.key=value",
+            fix="write for example --set optim.lr=1e-4",
+        )
+    return key.strip(), yamlfile.parse_value(text)
+
+
+def _set(values: dict[str, Any], key: str, value: Any) -> None:
+    *sections, last = key.split(".")
+    for section in sections:
+        inner = values.setdefault(section, {})
+        if not isinstance(inner, dict):
+            raise UsageError(f"{section} in {key!r} is a value, not a section of the config")
+        values = inner
+    values[last] = value
+
+
+def _validate(values: dict[str, Any], lines: Mapping[str, int]) -> RunConfig:
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        problems = _explain_all(error, lines)
+        raise UsageError("\n".join(problems), fix="`nibble explain KEY` says what a key takes") from None
+
+
+def _explain_all(error: ValidationError, lines: Mapping[str, int]) -> list[str]:
+    """One line per wrong key; the alternatives of a union are joined."""
+    wrong: dict[str, list[Any]] = {}
+    known = [*keys(), *RunConfig.model_fields]
+    for problem in error.errors():
+        parts = [str(part) for part in problem["loc"]]
+        key = ".".join(parts)
+        while key not in known and problem["type"] != "extra_forbidden" and len(parts) > 1:
+            parts.pop()
+            key = ".".join(parts)
+        wrong.setdefault(key, []).append(problem)
+    return [_explain(key, problems, lines) for key, problems in wrong.items()]
+
+
+def _explain(key: str, problems: Sequence[Any], lines: Mapping[str, int]) -> str:
+    where = f"line {lines[key]}: " if key in lines else ""
+    if problems[0]["type"] == "extra_forbidden":
+        close = did_you_mean(key, [*keys(), *RunConfig.model_fields])
+        return f"{where}unknown config key {key!r}" + (f": {close}" if close else "")
+    rules = dict.fromkeys(problem["msg"].lower() for problem in problems)
+    return f"{where}{key}: {' or '.join(rules)}, got {problems[0]['input']!r}"

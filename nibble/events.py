@@ -1,0 +1,229 @@
+"""What a run reports, and the append-only log of it.
+
+Every event is one JSON object a line: {"event": name, "time": seconds since 1970, ...}.
+The log is the truth about a run: a bar, a table, a page are views of it.
+"""
+
+import csv
+import json
+import re
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class RunStart:
+    """A run begins: its method, device, versions and size."""
+
+    method: str
+    model: str
+    device: str
+    steps: int
+    steps_done: int
+    num_train_rows: int
+    num_eval_rows: int
+    versions: dict[str, str]
+    num_threads: int
+
+
+@dataclass(frozen=True)
+class PlanMade:
+    """The settings chosen for `auto` values, each with its reason."""
+
+    settings: dict[str, Any]
+    reasons: list[str]
+
+
+@dataclass(frozen=True)
+class LoadEnd:
+    """The base and its adapters are resident: bytes per storage, and counts of values."""
+
+    resident_bytes: dict[str, int]
+    total_bytes: int
+    num_trainable: int
+    num_total: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class StepEnd:
+    """One optimizer step: loss is the mean over its target tokens, in nats."""
+
+    step: int
+    loss: float
+    num_target_tokens: int
+    tokens: int
+    learning_rate: float
+    grad_norm: float
+    seconds: float
+    tokens_per_s: float
+    peak_memory_bytes: int
+
+
+@dataclass(frozen=True)
+class EvalEnd:
+    """Held-out loss in nats per target token; step 0 is before training."""
+
+    step: int
+    loss: float
+    perplexity: float
+    token_accuracy: float
+    num_target_tokens: int
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class CheckpointSaved:
+    """A complete state stands on disk."""
+
+    step: int
+    folder: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class WarningRaised:
+    """Something a person should know that does not stop the run."""
+
+    message: str
+
+
+@dataclass(frozen=True)
+class RunEnd:
+    """The run is over: why, how long, how large."""
+
+    reason: str
+    seconds: float
+    tokens: int
+    peak_memory_bytes: int
+    predicted_peak_memory_bytes: int | None = None
+    adapter: str = ""
+    adapter_bytes: int = 0
+
+
+Event = (
+    RunStart
+    | PlanMade
+    | LoadEnd
+    | StepEnd
+    | EvalEnd
+    | CheckpointSaved
+    | WarningRaised
+    | RunEnd
+)
+Emit = Callable[[Event], None]
+
+_SPECIAL_NAMES = {"PlanMade": "plan", "CheckpointSaved": "checkpoint", "WarningRaised": "warning"}
+_EVENT_TYPES = (
+    RunStart,
+    PlanMade,
+    LoadEnd,
+    StepEnd,
+    EvalEnd,
+    CheckpointSaved,
+    WarningRaised,
+    RunEnd,
+)
+
+
+def event_name(event: Event | type) -> str:
+    """The name in the log.
+
+    >>> event_name(LoadEnd)
+    'load_end'
+    """
+    kind = event if isinstance(event, type) else type(event)
+    if kind.__name__ in _SPECIAL_NAMES:
+        return _SPECIAL_NAMES[kind.__name__]
+    if kind in (StepEnd, EvalEnd):
+        return kind.__name__.removesuffix("End").lower()
+    return re.sub(r"(?<!^)(?=[A-Z])", "_", kind.__name__).lower()
+
+
+_BY_NAME = {event_name(kind): kind for kind in _EVENT_TYPES}
+
+
+class EventLog:
+    """Appends events to a JSONL file, each line flushed as it is written."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("a", encoding="utf-8")
+
+    def __call__(self, event: Event) -> None:
+        record = {"event": event_name(event), "time": time.time(), **asdict(event)}
+        self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def read_events(path: Path) -> Iterator[Event]:
+    """The events of a log; a torn last line and unknown events are passed over."""
+    with path.open(encoding="utf-8") as lines:
+        for line in lines:
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            kind = _BY_NAME.get(record.get("event"))
+            if kind is not None:
+                known = {item.name for item in fields(kind)}
+                yield kind(**{key: value for key, value in record.items() if key in known})
+
+
+METRICS_COLUMNS = (
+    "step",
+    "train_loss",
+    "learning_rate",
+    "grad_norm",
+    "tokens",
+    "tokens_per_s",
+    "peak_memory_bytes",
+    "eval_loss",
+)
+
+
+@dataclass
+class MetricsTable:
+    """metrics.csv: one row a step, with the held-out loss where it was measured."""
+
+    path: Path
+    _pending: dict[str, Any] = field(default_factory=dict)
+    _tokens: int = 0
+
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, StepEnd):
+            self._flush()
+            self._tokens += event.tokens
+            self._pending = {
+                "step": event.step,
+                "train_loss": event.loss,
+                "learning_rate": event.learning_rate,
+                "grad_norm": event.grad_norm,
+                "tokens": self._tokens,
+                "tokens_per_s": event.tokens_per_s,
+                "peak_memory_bytes": event.peak_memory_bytes,
+            }
+        elif isinstance(event, EvalEnd):
+            if self._pending.get("step") != event.step:
+                self._flush()
+                self._pending = {"step": event.step}
+            self._pending["eval_loss"] = event.loss
+        elif isinstance(event, RunEnd):
+            self._flush()
+
+    def _flush(self) -> None:
+        if not self._pending:
+            return
+        is_new = not self.path.exists()
+        with self.path.open("a", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, METRICS_COLUMNS)
+            if is_new:
+                writer.writeheader()
+            writer.writerow(self._pending)
+        self._pending = {}

@@ -1,0 +1,175 @@
+"""Weights in 4 bits: codebooks, quantize, dequantize, double quantisation.
+
+A weight is read flat, row by row, and cut into N blocks of Q = `block_size` values. A block
+stores its largest magnitude and one 4-bit code per value:
+
+    codes:   [c0 c1] [c2 c3] ...     two codes a byte, the first in the high nibble
+    value  = CODEBOOKS[type][code] * absmax[block]                       in float32
+
+With double quantisation the N magnitudes are stored in 8 bits, in blocks of 256:
+
+    absmax = DYNAMIC_MAP[absmax_code] * nested_absmax[block // 256] + offset
+
+Every function here takes tensors on any device. On a CPU the compiled code in `nf4_cpu` does
+the work when it is available; the torch code in this file is its reference, bit for bit.
+
+Source:
+    Dettmers et al. 2023, QLoRA, arXiv:2305.14314, section 3 and appendix E.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor
+
+from nibble.errors import ModelError, UsageError
+from nibble.kernels import nf4_cpu
+
+BLOCK_SIZE = 64
+NESTED_BLOCK_SIZE = 256
+BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+
+# Source: arXiv:2305.14314, appendix E, in full float32 precision.
+_NF4 = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+# Sign bit, two exponent bits, one mantissa bit, over the largest value 12; 0.0625 is subnormal.
+_FP4_MAGNITUDES = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
+
+CODEBOOKS: dict[str, Tensor] = {
+    "nf4": torch.tensor(_NF4),
+    "fp4": torch.tensor(_FP4_MAGNITUDES + tuple(-m for m in _FP4_MAGNITUDES)) / 12,
+}
+# Codes from the smallest value to the largest; FP4 has two zeros, +0 (code 0) before -0 (code 8).
+_ASCENDING: dict[str, tuple[int, ...]] = {
+    "nf4": tuple(range(16)),
+    "fp4": (11, 10, 13, 12, 15, 14, 9, 0, 8, 1, 6, 7, 4, 5, 2, 3),
+}
+# The smallest divisor: a block of zeros is divided by this instead of by zero.
+_SMALLEST_ABSMAX = 1e-38
+# Values handled at once by the reference: bounds its temporary memory to some 16 MB.
+_CHUNK = 1 << 20
+# Scales tried by the least-squares search, as fractions of the largest magnitude.
+_SEARCH_FRACTIONS = tuple(0.60 + 0.025 * step for step in range(17))
+
+
+def _build_dynamic_map() -> Tensor:
+    """The 256 values of the 8-bit dynamic tree type, ascending.
+
+    Seven decades; decade d = -6 ... 0 holds 2^(d+6) magnitudes, the midpoints of equal parts of
+    [0.1, 1] * 10^d, each with both signs; then 0 and 1. So 2 * (1 + 2 + ... + 64) + 2 = 256.
+
+    Source:
+        Dettmers 2016, arXiv:1511.04561, section 2.2; Dettmers et al. 2022, arXiv:2110.02861.
+    """
+    magnitudes = []
+    for decade in range(-6, 1):
+        edges = torch.linspace(0.1, 1.0, 2 ** (decade + 6) + 1)
+        magnitudes.append((edges[1:] + edges[:-1]) / 2 * 10.0**decade)
+    positive = torch.cat(magnitudes)
+    return torch.cat([positive, -positive, torch.tensor([0.0, 1.0])]).sort().values
+
+
+DYNAMIC_MAP = _build_dynamic_map()
+
+
+@dataclass(frozen=True, eq=False)
+class Quantized:
+    """A weight of any shape in 4 bits.
+
+    Shapes:
+        codes: (ceil(numel / 2),) uint8. absmax: (N,), N = ceil(numel / block_size); uint8 with
+        double quantisation, else float32. nested_absmax: (ceil(N / 256),) float32 and offset:
+        (1,) float32, with double quantisation only.
+
+    Args:
+        codes: Two codes a byte, the first in the high nibble.
+        absmax: One scale per block, or its 8-bit code.
+        nested_absmax: One scale per 256 blocks.
+        offset: The mean of all absmax, subtracted before they were stored in 8 bits.
+        shape: Shape of the weight.
+        type: "nf4" or "fp4".
+        block_size: Values per block.
+    """
+
+    codes: Tensor
+    absmax: Tensor
+    nested_absmax: Tensor | None
+    offset: Tensor | None
+    shape: tuple[int, ...]
+    type: str = "nf4"
+    block_size: int = BLOCK_SIZE
+
+    @property
+    def numel(self) -> int:
+        """Number of weights."""
+        return prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of everything stored per weight; the 16- and 256-entry tables are shared."""
+        parts = (self.codes, self.absmax, self.nested_absmax, self.offset)
+        return sum(part.nbytes for part in parts if part is not None)
+
+
+def implementation(device: torch.device | str = "cpu") -> str:
+    """Name of the code that quantises and dequantises on this device, for reports."""
+    if torch.device(device).type == "cpu":
+        return nf4_cpu.implementation()
+    return "torch reference"
+
+
+def quantize(
+    weight: Tensor,
+    *,
+    type: str = "nf4",
+    block_size: int = BLOCK_SIZE,
+    double: bool = True,
+    search: bool = False,
+) -> Quantized:
+    """Store a weight in 4 bits.
+
+        absmax_N = max_Q |weight_NQ|;  codes_NQ = nearest code to weight_NQ / absmax_N
+
+    Args:
+        weight: Any shape, any floating dtype; read flat in row-major order.
+        type: "nf4" or "fp4".
+        block_size: Values per block, a power of two from 32 to 4096.
+        double: Store the block scales in 8 bits as well.
+        search: Choose each block's scale for the least squared error instead of the largest
+            magnitude; same format, several times slower.
+
+    Raises:
+        UsageError: If `type` or `block_size` is unknown, or the weight is not floating point.
+        ModelError: If the weight is empty or holds NaN or an infinite value.
+    """
+    _check_arguments(weight, type, block_size)
+    flat = weight.detach().reshape(-1)
+    absmax = torch.empty(-(-flat.numel() // block_size), device=flat.device)
+    codes = torch.empty((flat.numel() + 1) // 2, dtype=torch.uint8, device=flat.device)
+    for block, values, part in _chunks(flat, codes, block_size):
+        scale_N = absmax[block : block + -(-values.numel() // block_size)]
+        if search:
+            scale_N.copy_(_search_scales(values.float(), type, block_size))
+        else:
+            _encode(values, type, block_size, codes=part, absmax=scale_N)
+    if not torch.isfinite(absmax).all():
+        raise ModelError(
+            f"a weight of shape {tuple(weight.shape)} holds NaN or infinite values",
+            fix="download the checkpoint again, or repair the weight",
+        )
+    nested_absmax = offset = None
+    scales = absmax
+    if double:
+        absmax, nested_absmax, offset = _quantize_absmax(absmax)
+    q = Quantized(codes, absmax, nested_absmax, offset, tuple(weight.shape), type, block_size)
+    if search:
+        # The codes answer to the scales as stored, so rounding those to 8 bits costs less.
+        stored = absmax_of(q) if double else scales
+        _encode_with_scales(flat, codes, torch.where(stored > 0, stored, scales), q)
+    return q

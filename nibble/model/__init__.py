@@ -1,0 +1,1 @@
+"""A frozen base and the low-rank update."""

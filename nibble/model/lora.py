@@ -1,0 +1,156 @@
+"""LoRALinear: any frozen linear layer plus a trainable update of low rank.
+
+Knows nothing of layer names, of files, or of how the base stores its weight.
+
+      x ──┬──────────── base ────────────┬── + ── y
+          └── dropout ── A^T ── B^T · s ─┘
+"""
+
+import math
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+
+class FrozenLinear(Protocol):
+    """What LoRALinear needs of its base."""
+
+    in_features: int
+    out_features: int
+    bias: Tensor | None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., I) -> (..., O)."""
+        ...
+
+    def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
+        """(O, I), valid until the next call."""
+        ...
+
+
+class LoRALinear(nn.Module):
+    """A frozen linear layer plus a trainable update of rank R.
+
+        y = base(x) + scale * dropout(x) A^T B^T,   scale = alpha / rank
+
+    A is drawn from U(-1/sqrt(I), 1/sqrt(I)) and B is zero, so a new layer computes exactly what
+    its base computes. Products run in the type of x; the factors keep their own type.
+
+    Shapes:
+        x: (..., I) -> y: (..., O), with I = in_features and O = out_features.
+        lora_A: (R, I). lora_B: (O, R). Both in float32 unless converted.
+
+    Args:
+        base: The frozen layer; its storage (bf16, NF4) is its own affair.
+        rank: R, at least 1. Trainable values: R * (I + O).
+        alpha: Numerator of the scale.
+        dropout: Probability of zeroing an input of A, in [0, 1).
+        rslora: Scale by alpha / sqrt(rank) instead.
+        generator: Source of the draw of A; None is torch's global one.
+
+    Raises:
+        ValueError: If `rank` is below 1 or `dropout` is outside [0, 1).
+
+    Source:
+        Hu et al. 2021, arXiv:2106.09685, section 4.1; the draw of A as in the authors' loralib
+        0.1.2 (the paper says Gaussian). rsLoRA: Kalajdzievski 2023, arXiv:2312.03732, section 3.
+    """
+
+    def __init__(
+        self,
+        base: Any,
+        *,
+        rank: int,
+        alpha: float,
+        dropout: float = 0.0,
+        rslora: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        self.base = base
+        self.alpha, self.dropout, self.rslora = alpha, dropout, rslora
+        self.scale = lora_scale(rank=rank, alpha=alpha, dropout=dropout, rslora=rslora)
+        device = next(iter(base.parameters())).device
+        bound = 1 / math.sqrt(base.in_features)
+        lora_A = torch.empty(rank, base.in_features).uniform_(-bound, bound, generator=generator)
+        self.lora_A = nn.Parameter(lora_A.to(device))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=device))
+
+    @property
+    def in_features(self) -> int:
+        return self.base.in_features
+
+    @property
+    def out_features(self) -> int:
+        return self.base.out_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., I) -> (..., O)."""
+        x_dropped = F.dropout(x, self.dropout) if self.training and self.dropout else None
+        return _AdaptedProduct.apply(
+            x, x_dropped, self.lora_A, self.lora_B, self.base, self.scale
+        )
+
+    def delta_weight(self) -> Tensor:
+        """The update scale * B A as one (O, I) float32 matrix."""
+        return (self.lora_B.float() * self.scale) @ self.lora_A.float()
+
+    def extra_repr(self) -> str:
+        return f"rank={self.lora_A.shape[0]}, scale={self.scale:g}, dropout={self.dropout:g}"
+
+
+def lora_scale(*, rank: int, alpha: float, dropout: float, rslora: bool) -> float:
+    """The factor of the update, after its arguments are checked."""
+    if rank < 1:
+        raise ValueError(f"rank must be at least 1, got {rank}")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout must be in [0, 1), got {dropout}")
+    return alpha / math.sqrt(rank) if rslora else alpha / rank
+
+
+class _AdaptedProduct(torch.autograd.Function):
+    """y = x W^T + b + x_dropped A^T (scale B)^T with one node in the graph.
+
+    Saves the input of A and its product with A^T; the frozen weight is asked for again in backward.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        x_dropped: Tensor | None,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        base: FrozenLinear,
+        scale: float,
+    ) -> Tensor:
+        x_TI = x.reshape(-1, x.shape[-1])
+        input_TI = x_TI if x_dropped is None else x_dropped.reshape(x_TI.shape)
+        xa_TR = input_TI @ lora_A.to(x.dtype).T
+        y_TO = F.linear(x_TI, base.dense_weight(x.dtype), base.bias)
+        y_TO.addmm_(xa_TR, (lora_B * scale).to(x.dtype).T)
+        ctx.base, ctx.scale, ctx.has_dropout = base, scale, x_dropped is not None
+        ctx.save_for_backward(input_TI, xa_TR, lora_A, lora_B)
+        return y_TO.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        input_TI, xa_TR, lora_A, lora_B = ctx.saved_tensors
+        shape = (*grads[0].shape[:-1], input_TI.shape[-1])
+        g_TO = grads[0].reshape(-1, grads[0].shape[-1])
+        gb_TR = g_TO @ (lora_B * ctx.scale).to(g_TO.dtype)
+        grad_A = (gb_TR.T @ input_TI).to(lora_A.dtype)
+        grad_B = (g_TO.T @ xa_TR).to(lora_B.dtype).mul_(ctx.scale)
+        grad_x = grad_x_dropped = None
+        if ctx.needs_input_grad[0]:
+            grad_x_TI = g_TO @ ctx.base.dense_weight(g_TO.dtype)
+            if not ctx.has_dropout:
+                grad_x_TI.addmm_(gb_TR, lora_A.to(g_TO.dtype))
+            grad_x = grad_x_TI.view(shape)
+        if ctx.has_dropout and ctx.needs_input_grad[1]:
+            grad_x_dropped = (gb_TR @ lora_A.to(g_TO.dtype)).view(shape)
+        return grad_x, grad_x_dropped, grad_A, grad_B, None, None

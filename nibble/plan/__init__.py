@@ -1,0 +1,1 @@
+"""Decide before spending: concrete settings for every auto value."""

@@ -1,0 +1,5 @@
+"""Loss, optimizer, checkpoint, loop; called, it trains a run."""
+
+from nibble.room import make_callable
+
+make_callable(__name__, "nibble.train.trainer")

@@ -1,0 +1,73 @@
+"""Summed cross-entropy of a batch and the number of its target tokens."""
+
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from nibble.data.loader import Batch
+from nibble.kernels.cross_entropy import head_cross_entropy, head_metrics
+from nibble.model.families import head_of, hidden_states
+
+IGNORED = -100
+
+
+def token_loss(
+    model: nn.Module, batch: Batch, *, autocast: torch.dtype | None = None
+) -> tuple[Tensor, int]:
+    """Cross-entropy summed over the target tokens, and how many there are.
+
+        loss_sum = - sum over t with labels[t + 1] >= 0 of log p(labels[t + 1] | tokens <= t)
+
+    The labels move by one position here and nowhere else. Whole logits never exist.
+
+    Args:
+        autocast: Type of the products when the weights are wider (full fine-tuning keeps them in
+            float32); None multiplies in the type of the weights.
+
+    Returns:
+        A float32 scalar to call backward on, and `batch.num_target_tokens`.
+    """
+    hidden_TD, weight_VD, labels_T = _head_inputs(model, batch, autocast)
+    head = head_of(model)
+    loss_sum = head_cross_entropy(
+        hidden_TD, weight_VD, labels_T, softcap=head.softcap, logit_scale=head.logit_scale
+    )
+    return loss_sum, batch.num_target_tokens
+
+
+@torch.no_grad()
+def token_metrics(
+    model: nn.Module, batch: Batch, *, autocast: torch.dtype | None = None
+) -> tuple[float, int, int]:
+    """Summed cross-entropy, number of targets predicted exactly, number of targets."""
+    hidden_TD, weight_VD, labels_T = _head_inputs(model, batch, autocast)
+    head = head_of(model)
+    loss_sum, num_correct = head_metrics(
+        hidden_TD, weight_VD, labels_T, softcap=head.softcap, logit_scale=head.logit_scale
+    )
+    return float(loss_sum), int(num_correct), batch.num_target_tokens
+
+
+def _head_inputs(
+    model: nn.Module, batch: Batch, autocast: torch.dtype | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    device_type = batch.input_ids.device.type
+    context = torch.autocast(device_type, autocast) if autocast else nullcontext()
+    with context:
+        hidden_TD = hidden_states(model, batch)
+    dtype = autocast or hidden_TD.dtype
+    return hidden_TD.to(dtype), head_of(model).weight.to(dtype), next_labels(batch.labels)
+
+
+def next_labels(labels: Tensor) -> Tensor:
+    """The label that each position predicts; the last position predicts none.
+
+    Shapes:
+        labels: (1, T) -> (T,).
+
+    >>> next_labels(torch.tensor([[-100, 5, 6]])).tolist()
+    [5, 6, -100]
+    """
+    labels_T = labels.flatten()
+    return torch.cat([labels_T[1:], labels_T.new_full((1,), IGNORED)])

@@ -1,0 +1,58 @@
+"""Peak memory of a run on its device."""
+
+import resource
+import sys
+from pathlib import Path
+
+import psutil
+import torch
+
+_STATUS = Path("/proc/self/status")
+_CLEAR_REFS = Path("/proc/self/clear_refs")
+
+
+class PeakMemory:
+    """The most memory in use since this object was made.
+
+    On CUDA: bytes allocated by tensors. On the CPU: resident memory of the process above what it
+    held at the start, so that Python and the libraries do not count.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._is_cuda = device.type == "cuda"
+        if self._is_cuda:
+            torch.cuda.reset_peak_memory_stats(device)
+        self._device = device
+        self._baseline = 0 if self._is_cuda else psutil.Process().memory_info().rss
+        _reset_high_water_mark()
+
+    def bytes(self) -> int:
+        """The peak so far, in bytes."""
+        if self._is_cuda:
+            return torch.cuda.max_memory_allocated(self._device)
+        return max(0, _high_water_mark() - self._baseline)
+
+
+def available_bytes(device: torch.device) -> int:
+    """Memory that a new run could use on `device`, in bytes."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available
+
+
+def _reset_high_water_mark() -> None:
+    try:
+        _CLEAR_REFS.write_text("5")
+    except OSError:
+        return
+
+
+def _high_water_mark() -> int:
+    try:
+        for line in _STATUS.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
