@@ -152,24 +152,173 @@ def quantize(
     flat = weight.detach().reshape(-1)
     absmax = torch.empty(-(-flat.numel() // block_size), device=flat.device)
     codes = torch.empty((flat.numel() + 1) // 2, dtype=torch.uint8, device=flat.device)
-    for block, values, part in _chunks(flat, codes, block_size):
-        scale_N = absmax[block : block + -(-values.numel() // block_size)]
+    for start, stop in _chunks(flat, block_size):
+        values = flat[start:stop].float()
+        scales = _block_absmax(values, block_size)
         if search:
-            scale_N.copy_(_search_scales(values.float(), type, block_size))
-        else:
-            _encode(values, type, block_size, codes=part, absmax=scale_N)
+            scales = _search_scales(values, scales, type, block_size)
+        absmax[start // block_size : -(-stop // block_size)] = scales
+        codes[start // 2 : (stop + 1) // 2] = _encode(values, scales, type, block_size)
     if not torch.isfinite(absmax).all():
         raise ModelError(
             f"a weight of shape {tuple(weight.shape)} holds NaN or infinite values",
             fix="download the checkpoint again, or repair the weight",
         )
     nested_absmax = offset = None
-    scales = absmax
     if double:
         absmax, nested_absmax, offset = _quantize_absmax(absmax)
-    q = Quantized(codes, absmax, nested_absmax, offset, tuple(weight.shape), type, block_size)
-    if search:
-        # The codes answer to the scales as stored, so rounding those to 8 bits costs less.
-        stored = absmax_of(q) if double else scales
-        _encode_with_scales(flat, codes, torch.where(stored > 0, stored, scales), q)
-    return q
+    return Quantized(codes, absmax, nested_absmax, offset, tuple(weight.shape), type, block_size)
+
+
+def dequantize(
+    q: Quantized, *, dtype: torch.dtype = torch.bfloat16, out: Tensor | None = None
+) -> Tensor:
+    """The weight that `q` stands for: float32 code times float32 scale, rounded once.
+
+    Args:
+        dtype: Type of the result.
+        out: Contiguous tensor of `q.shape` to write into; its type wins over `dtype`.
+    """
+    if out is None:
+        out = torch.empty(q.shape, dtype=dtype, device=q.codes.device)
+    is_done = out.device.type == "cpu" and nf4_cpu.dequantize(
+        q.codes, absmax_of(q), out, _table(q), q.block_size
+    )
+    return out if is_done else dequantize_reference(q, out=out)
+
+
+def dequantize_reference(q: Quantized, *, out: Tensor) -> Tensor:
+    """`dequantize` in plain torch, some million values at a time."""
+    absmax, table = absmax_of(q), _table(q).to(out.device)
+    flat = out.view(-1)
+    step = max(_CHUNK, 2 * q.block_size)
+    for start in range(0, q.numel, step):
+        stop = min(start + step, q.numel)
+        packed = q.codes[start // 2 : (stop + 1) // 2]
+        codes = torch.stack([packed >> 4, packed & 15], 1).flatten()[: stop - start]
+        scales = absmax[start // q.block_size : -(-stop // q.block_size)]
+        scales = scales.repeat_interleave(q.block_size)[: stop - start]
+        flat[start:stop] = table[codes.int()] * scales
+    return out
+
+
+def dequantize_slice(
+    q: Quantized, index: int, *, dtype: torch.dtype = torch.bfloat16, out: Tensor | None = None
+) -> Tensor:
+    """Entry `index` of the first dimension alone: one expert of many.
+
+    Raises:
+        ModelError: If an entry does not begin at a block.
+    """
+    size = prod(q.shape[1:])
+    if size % q.block_size or size % 2:
+        raise ModelError(f"an expert of {size} weights is no multiple of {q.block_size}")
+    first, last = index * size // q.block_size, (index + 1) * size // q.block_size
+    part = Quantized(
+        codes=q.codes[index * size // 2 : (index + 1) * size // 2],
+        absmax=absmax_of(q, first, last),
+        nested_absmax=None,
+        offset=None,
+        shape=q.shape[1:],
+        type=q.type,
+        block_size=q.block_size,
+    )
+    return dequantize(part, dtype=dtype, out=out)
+
+
+def absmax_of(q: Quantized, first: int = 0, last: int | None = None) -> Tensor:
+    """The float32 scales of blocks first to last, out of their 8-bit codes where they are."""
+    codes = q.absmax[first:last]
+    if q.nested_absmax is None or q.offset is None:
+        return codes
+    blocks = torch.arange(first, first + codes.numel(), device=codes.device)
+    nested = q.nested_absmax[blocks // NESTED_BLOCK_SIZE]
+    return (DYNAMIC_MAP.to(codes.device)[codes.int()] * nested).add_(q.offset)
+
+
+def _check_arguments(weight: Tensor, type: str, block_size: int) -> None:
+    if type not in CODEBOOKS:
+        raise UsageError(f"unknown 4-bit type {type!r}, expected nf4 or fp4")
+    if block_size not in BLOCK_SIZES:
+        raise UsageError(f"block size {block_size} is not one of {BLOCK_SIZES}")
+    if not weight.is_floating_point():
+        raise UsageError(f"only floating-point weights can be quantised, got {weight.dtype}")
+    if weight.numel() == 0:
+        raise ModelError(f"a weight of shape {tuple(weight.shape)} is empty")
+
+
+def _table(q: Quantized) -> Tensor:
+    return CODEBOOKS[q.type]
+
+
+def _chunks(flat: Tensor, block_size: int) -> Iterator[tuple[int, int]]:
+    """Ranges of whole blocks that cover `flat`, some million values each."""
+    step = max(_CHUNK, 2 * block_size)
+    for start in range(0, flat.numel(), step):
+        yield start, min(start + step, flat.numel())
+
+
+def _block_absmax(values: Tensor, block_size: int) -> Tensor:
+    """(n,) -> (ceil(n / block_size),); a short last block is filled with zeros."""
+    missing = -values.numel() % block_size
+    padded = torch.nn.functional.pad(values, (0, missing)) if missing else values
+    return padded.view(-1, block_size).abs().amax(1)
+
+
+def _encode(values: Tensor, absmax: Tensor, type: str, block_size: int) -> Tensor:
+    """The packed codes of float32 values: nearest entry of the codebook to value / absmax."""
+    if values.device.type == "cpu":
+        order = torch.tensor(_ASCENDING[type], dtype=torch.uint8)
+        packed = nf4_cpu.encode(values, absmax, block_size, _midpoints(type), order)
+        if packed is not None:
+            return packed
+    return encode_reference(values, absmax, type, block_size)
+
+
+def encode_reference(values: Tensor, absmax: Tensor, type: str, block_size: int) -> Tensor:
+    """`_encode` in plain torch."""
+    scales = absmax.clamp(min=_SMALLEST_ABSMAX).repeat_interleave(block_size)
+    normalised = values / scales[: values.numel()]
+    place = torch.bucketize(normalised, _midpoints(type).to(values.device))
+    order = torch.tensor(_ASCENDING[type], dtype=torch.uint8, device=values.device)
+    codes = order[place]
+    if codes.numel() % 2:
+        codes = torch.nn.functional.pad(codes, (0, 1))
+    return codes[0::2] << 4 | codes[1::2]
+
+
+def _midpoints(type: str) -> Tensor:
+    """The 15 thresholds between neighbouring codes."""
+    ascending = CODEBOOKS[type][list(_ASCENDING[type])]
+    return (ascending[1:] + ascending[:-1]) / 2
+
+
+def _quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Double quantisation: 8-bit codes of absmax - mean, their block scales, and the mean."""
+    offset = absmax.mean().reshape(1)
+    centred = absmax - offset
+    nested = _block_absmax(centred, NESTED_BLOCK_SIZE)
+    scales = nested.clamp(min=_SMALLEST_ABSMAX).repeat_interleave(NESTED_BLOCK_SIZE)
+    normalised = centred / scales[: centred.numel()]
+    table = DYNAMIC_MAP.to(absmax.device)
+    codes = torch.bucketize(normalised, (table[1:] + table[:-1]) / 2)
+    return codes.to(torch.uint8), nested, offset
+
+
+def _search_scales(values: Tensor, absmax: Tensor, type: str, block_size: int) -> Tensor:
+    """Per block, the multiple of absmax whose codes give the least squared error."""
+    table = CODEBOOKS[type].to(values.device)
+    best_error = torch.full_like(absmax, torch.inf)
+    best = absmax.clone()
+    order = torch.tensor(_ASCENDING[type], device=values.device)
+    for fraction in _SEARCH_FRACTIONS:
+        scales = (absmax * fraction).clamp(min=_SMALLEST_ABSMAX)
+        wide = scales.repeat_interleave(block_size)[: values.numel()]
+        place = torch.bucketize(values / wide, _midpoints(type).to(values.device))
+        error = (table[order[place]] * wide - values).square_()
+        error = torch.nn.functional.pad(error, (0, -values.numel() % block_size))
+        error = error.view(-1, block_size).sum(1)
+        is_better = error < best_error
+        best_error = torch.where(is_better, error, best_error)
+        best = torch.where(is_better, absmax * fraction, best)
+    return best
