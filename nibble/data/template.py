@@ -55,7 +55,7 @@ class TemplateError(Exception):
     """A template that is broken, refuses its input, or outgrows its caps."""
 
 
-class _Refusal(Exception):
+class _RefusalError(Exception):
     """A template called `raise_exception`."""
 
 
@@ -190,7 +190,7 @@ def render(
         return "".join(parts)
     except TemplateError:
         raise
-    except _Refusal as error:
+    except _RefusalError as error:
         raise TemplateError(f'it says "{error}"') from None
     except jinja2.TemplateSyntaxError as error:
         raise TemplateError(f"line {error.lineno} of it is wrong: {error.message}") from None
@@ -213,7 +213,7 @@ def _compile(source: str) -> jinja2.Template:
 
 
 def _refuse(message: object) -> None:
-    raise _Refusal(str(message))
+    raise _RefusalError(str(message))
 
 
 def _is_number(value: object) -> bool:

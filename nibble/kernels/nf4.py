@@ -17,6 +17,7 @@ Source:
     Dettmers et al. 2023, QLoRA, arXiv:2305.14314, section 3 and appendix E.
 """
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
@@ -54,6 +55,7 @@ _ASCENDING: dict[str, tuple[int, ...]] = {
 _SMALLEST_ABSMAX = 1e-38
 # Values handled at once by the reference: bounds its temporary memory to some 16 MB.
 _CHUNK = 1 << 20
+_GRID_SIZE = 65536
 # Scales tried by the least-squares search, as fractions of the largest magnitude.
 _SEARCH_FRACTIONS = tuple(0.60 + 0.025 * step for step in range(17))
 
@@ -157,6 +159,8 @@ def quantize(
         scales = _block_absmax(values, block_size)
         if search:
             scales = _search_scales(values, scales, type, block_size)
+        if values.numel() % block_size:
+            scales[-1].clamp_(min=_SMALLEST_ABSMAX)
         absmax[start // block_size : -(-stop // block_size)] = scales
         codes[start // 2 : (stop + 1) // 2] = _encode(values, scales, type, block_size)
     if not torch.isfinite(absmax).all():
@@ -276,14 +280,20 @@ def _encode(values: Tensor, absmax: Tensor, type: str, block_size: int) -> Tenso
 
 
 def encode_reference(values: Tensor, absmax: Tensor, type: str, block_size: int) -> Tensor:
-    """`_encode` in plain torch."""
-    scales = absmax.clamp(min=_SMALLEST_ABSMAX).repeat_interleave(block_size)
-    normalised = values / scales[: values.numel()]
+    """`_encode` in plain torch.
+
+    Whole blocks are multiplied by 1 / absmax and a short last one is divided by absmax, and an
+    odd last code stands beside that of 0: with these choices the bits are bitsandbytes'.
+    """
+    num_whole = values.numel() // block_size * block_size
+    scales = absmax.clamp(min=_SMALLEST_ABSMAX)
+    factors = (1 / scales).repeat_interleave(block_size)[:num_whole]
+    normalised = torch.cat([values[:num_whole] * factors, values[num_whole:] / scales[-1]])
+    if normalised.numel() % 2:
+        normalised = torch.nn.functional.pad(normalised, (0, 1))
     place = torch.bucketize(normalised, _midpoints(type).to(values.device))
     order = torch.tensor(_ASCENDING[type], dtype=torch.uint8, device=values.device)
     codes = order[place]
-    if codes.numel() % 2:
-        codes = torch.nn.functional.pad(codes, (0, 1))
     return codes[0::2] << 4 | codes[1::2]
 
 
@@ -298,11 +308,21 @@ def _quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     offset = absmax.mean().reshape(1)
     centred = absmax - offset
     nested = _block_absmax(centred, NESTED_BLOCK_SIZE)
-    scales = nested.clamp(min=_SMALLEST_ABSMAX).repeat_interleave(NESTED_BLOCK_SIZE)
-    normalised = centred / scales[: centred.numel()]
-    table = DYNAMIC_MAP.to(absmax.device)
-    codes = torch.bucketize(normalised, (table[1:] + table[:-1]) / 2)
-    return codes.to(torch.uint8), nested, offset
+    factors = (1 / nested).nan_to_num(posinf=0.0).repeat_interleave(NESTED_BLOCK_SIZE)
+    place = (centred * factors[: centred.numel()] + 1) * (_GRID_SIZE - 1) / 2 + 0.5
+    codes = _nearest_on_grid().to(absmax.device)[place.int().clamp(0, _GRID_SIZE - 1)]
+    return codes.masked_fill_(factors[: centred.numel()] == 0, 0), nested, offset
+
+
+@functools.cache
+def _nearest_on_grid() -> Tensor:
+    """The nearest entry of DYNAMIC_MAP to each of 65,536 even steps from -1 to 1.
+
+    bitsandbytes looks 8-bit codes up on this grid; a value within half a step of a threshold
+    may so get the neighbouring code.
+    """
+    grid = torch.arange(_GRID_SIZE, dtype=torch.float32) / (_GRID_SIZE - 1) * 2 - 1
+    return torch.bucketize(grid, (DYNAMIC_MAP[1:] + DYNAMIC_MAP[:-1]) / 2).to(torch.uint8)
 
 
 def _search_scales(values: Tensor, absmax: Tensor, type: str, block_size: int) -> Tensor:

@@ -22,6 +22,7 @@ typedef struct {
     uint8_t *codes;
     void *out;
     int type;
+    uint8_t zero; /* number of thresholds below 0 */
 } Job;
 
 static inline uint16_t round_to_bfloat16(float value) {
@@ -89,17 +90,19 @@ static void *encode(void *argument) {
     for (int64_t i = job->first; i < job->last; i += job->block_size) {
         int64_t end = i + job->block_size < job->last ? i + job->block_size : job->last;
         float scale = fmaxf(job->absmax[i / job->block_size], 1e-38f);
+        int whole = end - i == job->block_size;
+        float factor = 1.0f / scale;
         uint8_t place[4097];
         for (int64_t j = 0; j < end - i; j++) {
-            float value = job->values[i + j] / scale;
+            float value = whole ? job->values[i + j] * factor : job->values[i + j] / scale;
             uint8_t above = 0;
             for (int k = 0; k < 15; k++) above += value > job->table[k];
             place[j] = above;
         }
-        if ((end - i) % 2) place[end - i] = 0;
+        if ((end - i) % 2) place[end - i] = job->zero;
         for (int64_t j = 0; j < end - i; j += 2) {
-            uint8_t second = j + 1 < end - i ? job->order[place[j + 1]] : 0;
-            job->codes[(i + j) / 2] = (uint8_t)(job->order[place[j]] << 4 | second);
+            uint8_t pair = (uint8_t)(job->order[place[j]] << 4 | job->order[place[j + 1]]);
+            job->codes[(i + j) / 2] = pair;
         }
     }
     return 0;
@@ -138,5 +141,6 @@ void nibble_encode(const float *values, const float *absmax, const float *midpoi
                    int num_threads) {
     Job job = {.block_size = block_size, .absmax = absmax, .table = midpoints,
                .values = values, .order = order, .codes = codes};
+    for (int k = 0; k < 15; k++) job.zero += midpoints[k] < 0;
     run(encode, job, count, num_threads);
 }

@@ -1,0 +1,185 @@
+"""Conversation to Example: token ids, and labels that say which of them are targets.
+
+Labels are not shifted: `labels[i] == input_ids[i]` where token i is a target, else -100. A
+token is a target if at least one of its characters is in a target span (`spans.py`); the bytes
+of one character share its offsets and so its fate. Nothing depends on a padding id.
+
+A plain text document is tokenised as its tokenizer does it, EOS is added where it does not
+stand, and every token is a target.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+from nibble.data.spans import ChatTemplate, Span, render_turns, target_spans
+from nibble.data.template import PLAIN_TEMPLATE as PLAIN_TEMPLATE
+from nibble.data.template import TemplateError
+from nibble.data.turns import Conversation, Message, Place
+from nibble.errors import DataError, ModelError
+
+NOT_TARGET = -100
+TRAIN_ON = ("assistant", "last", "all")
+_ROWS_AT_ONCE = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """Token ids and labels of one conversation, with its origin.
+
+    `is_text` marks a plain document: it is cut into pieces where it is too long for a row.
+    """
+
+    input_ids: list[int]
+    labels: list[int]
+    path: str
+    line: int
+    is_text: bool = False
+
+
+def tokenize(conversation: Conversation, tokenizer: Any, *, train_on: str = "assistant") -> Example:
+    """The tokens of one conversation and which of them are targets.
+
+    Args:
+        conversation: As read.
+        tokenizer: A fast tokenizer of transformers.
+        train_on: assistant | last | all; see `target_spans`.
+
+    Raises:
+        DataError: The chat template does not take the conversation.
+        ModelError: The tokenizer gives no offsets.
+    """
+    return next(iter(tokenize_all([conversation], tokenizer, train_on=train_on)))
+
+
+def tokenize_all(
+    conversations: Iterable[Conversation],
+    tokenizer: Any,
+    *,
+    train_on: str = "assistant",
+    on_bad_row: Callable[[DataError], None] | None = None,
+) -> Iterator[Example]:
+    """Like `tokenize` for many, in order, with the tokenizer called on many at once."""
+    if not getattr(tokenizer, "is_fast", False):
+        raise ModelError(
+            f"the tokenizer {type(tokenizer).__name__} gives no character offsets, "
+            "which the mask of the targets needs",
+            fix="use a model folder with a tokenizer.json",
+        )
+    template = chat_template_of(tokenizer)
+    rows = iter(conversations)
+    while batch := list(islice(rows, _ROWS_AT_ONCE)):
+        yield from _tokenize_batch(batch, tokenizer, template, train_on, on_bad_row)
+
+
+def chat_template_of(tokenizer: Any) -> ChatTemplate:
+    """The tokenizer's own chat template, or `PLAIN_TEMPLATE` where it has none."""
+    source = tokenizer.chat_template
+    if isinstance(source, dict):
+        source = source.get("default") or next(iter(source.values()))
+    variables = dict(tokenizer.special_tokens_map)
+    eos = tokenizer.eos_token or ""
+    if not source:
+        source = PLAIN_TEMPLATE
+        variables["bos_token"] = tokenizer.bos_token if _adds_bos(tokenizer) else ""
+        variables["eos_token"] = eos
+    specials = tuple(str(token) for token in tokenizer.added_tokens_decoder.values())
+    return ChatTemplate(source, variables, specials, eos)
+
+
+def render_prompt(messages: Sequence[Message | Mapping[str, Any]], tokenizer: Any) -> str:
+    """The text after which the model writes its answer.
+
+    Raises:
+        DataError: The chat template does not take the messages.
+    """
+    turns = [_to_message(message) for message in messages]
+    try:
+        _, text = render_turns(chat_template_of(tokenizer), turns, add_generation_prompt=True)
+    except TemplateError as error:
+        raise Place("", 0).fault("template-refuses", why=error) from None
+    return text
+
+
+def prompt_ids(messages: Sequence[Message | Mapping[str, Any]], tokenizer: Any) -> list[int]:
+    """The token ids of `render_prompt`; the template's text holds BOS already if it wants one."""
+    text = render_prompt(messages, tokenizer)
+    return list(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+
+
+def _to_message(message: Message | Mapping[str, Any]) -> Message:
+    if isinstance(message, Message):
+        return message
+    extra = {key: message[key] for key in message if key not in ("role", "content")}
+    return Message(message["role"], message.get("content") or "", extra=extra)
+
+
+def _adds_bos(tokenizer: Any) -> bool:
+    ids = tokenizer("a", verbose=False).input_ids
+    return bool(ids) and tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id
+
+
+def _tokenize_batch(
+    batch: Sequence[Conversation],
+    tokenizer: Any,
+    template: ChatTemplate,
+    train_on: str,
+    on_bad_row: Callable[[DataError], None] | None,
+) -> Iterator[Example]:
+    chats: list[tuple[str, list[Span]] | None] = []
+    kept: list[Conversation] = []
+    for conversation in batch:
+        try:
+            is_text = conversation.is_text
+            chats.append(
+                None if is_text else target_spans(template, conversation, train_on=train_on)
+            )
+            kept.append(conversation)
+        except DataError as error:
+            if on_bad_row is None:
+                raise
+            on_bad_row(error)
+    texts = [chat[0] for chat in chats if chat is not None]
+    encoded = _encode(tokenizer, texts) if texts else iter(())
+    for conversation, chat in zip(kept, chats, strict=True):
+        if chat is None:
+            ids = _text_ids(conversation, tokenizer)
+            labels = list(ids)
+        else:
+            ids, offsets = next(encoded)
+            labels = _spans_to_labels(ids, offsets, chat[1])
+        yield Example(ids, labels, conversation.path, conversation.line, conversation.is_text)
+
+
+def _encode(tokenizer: Any, texts: list[str]) -> Iterator[tuple[list[int], list[Span]]]:
+    encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    return zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+
+
+def _text_ids(conversation: Conversation, tokenizer: Any) -> list[int]:
+    """A document's tokens with EOS at the end, once."""
+    ids = list(tokenizer(conversation.messages[0].content, verbose=False).input_ids)
+    eos = tokenizer.eos_token_id
+    return ids if eos is None or ids[-1:] == [eos] else [*ids, eos]
+
+
+def _spans_to_labels(ids: list[int], offsets: Sequence[Span], spans: Sequence[Span]) -> list[int]:
+    """Labels by overlap of each token's characters with the spans.
+
+    A token without width (a prefix space that the tokenizer added, or white space whose offset
+    it trimmed) covers what stands between its neighbours, at least its own position.
+    """
+    labels = [NOT_TARGET] * len(ids)
+    at = 0
+    covered = 0  # characters before this one are covered by earlier tokens
+    for number, (start, stop) in enumerate(offsets):
+        if start == stop:
+            following = offsets[number + 1][0] if number + 1 < len(offsets) else stop
+            start, stop = min(start, covered), max(stop, following, start + 1)
+        while at < len(spans) and spans[at][1] <= start:
+            at += 1
+        if at < len(spans) and spans[at][0] < stop:
+            labels[number] = ids[number]
+        covered = max(covered, stop)
+    return labels

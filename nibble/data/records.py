@@ -1,0 +1,137 @@
+"""Read a data file into Conversations, each with its line.
+
+    .jsonl .ndjson .json   one object a line, or an array, or {"data": [...]}: told by content
+    .csv .tsv              a header and rows, fields as Python's csv reads them
+    .parquet               needs the extra `data`
+    .txt .md               one document, cut into rows later; no token is lost
+    anything else that looks like `owner/name`: a data set of the Hugging Face hub
+
+A row that is wrong is a DataError naming file, line, reason and fix: raised, or handed to
+`on_bad_row`. Blank lines of JSONL are no rows; a UTF-8 byte order mark and CRLF are accepted.
+"""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from nibble.data.containers import (
+    decode,
+    refuse_bad_file,
+    rows_of_csv,
+    rows_of_hub,
+    rows_of_json,
+    rows_of_parquet,
+)
+from nibble.data.faults import fault
+from nibble.data.formats import FORMATS as FORMATS
+from nibble.data.formats import check_format_name, row_to_conversation
+from nibble.data.formats import detect_format as detect_format
+from nibble.data.turns import Conversation as Conversation
+from nibble.data.turns import Message as Message
+from nibble.errors import DataError
+
+SUFFIXES = {
+    ".jsonl": "json",
+    ".ndjson": "json",
+    ".json": "json",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".parquet": "parquet",
+    ".txt": "text",
+    ".md": "text",
+}
+
+Row = tuple[int, object]
+"""A line number from 1 and what stands there, or the DataError that says why nothing does."""
+
+
+def read_records(
+    source: str | Path,
+    *,
+    format: str = "auto",
+    on_bad_row: Callable[[DataError], None] | None = None,
+) -> Iterator[Conversation]:
+    """The examples of one file or hub data set, in order.
+
+    Args:
+        source: A path, or a hub id such as `owner/name` or `owner/name:split`.
+        format: auto | messages | alpaca | sharegpt | prompt-completion | text.
+        on_bad_row: Gets the error of each bad row, and reading goes on; without it the first
+            bad row is raised. A file that cannot be read at all is always raised.
+
+    Raises:
+        DataError: A bad file or row.
+        UnavailableError: A package, the network or a hub data set is not there.
+    """
+    check_format_name(format)
+    path, rows = _open(str(source))
+    if rows is None:
+        yield _text_document(path)
+        return
+    count = 0
+    first: tuple[str, int] | None = None
+    for line, row in rows:
+        count += 1
+        try:
+            conversation = _row_to_conversation(row, format, path, line)
+            first = first or (conversation.format, line)
+            if conversation.format != first[0]:
+                raise _mixed(conversation, *first)
+        except DataError as error:
+            if on_bad_row is None:
+                raise
+            on_bad_row(error)
+            continue
+        yield conversation
+    if count == 0:
+        raise fault("no-rows", path=path)
+
+
+def _open(source: str) -> tuple[str, Iterator[Row] | None]:
+    """The name to show and the rows, or None for a plain text file."""
+    path = Path(source).expanduser()
+    if not path.exists() and _looks_like_hub_id(source):
+        return source, rows_of_hub(source)
+    refuse_bad_file(path, SUFFIXES)
+    kind = SUFFIXES[path.suffix.lower()]
+    if kind == "text":
+        return str(path), None
+    readers = {"json": rows_of_json, "csv": rows_of_csv, "parquet": rows_of_parquet}
+    return str(path), readers[kind](path)
+
+
+def _looks_like_hub_id(source: str) -> bool:
+    name = source.split(":")[0]
+    has_suffix = Path(name).suffix.lower() in SUFFIXES
+    is_path = source.startswith((".", "/", "~")) or "\\" in source or name.count("/") > 1
+    return bool(name) and not has_suffix and not is_path and "/" in name
+
+
+def _row_to_conversation(row: object, format: str, path: str, line: int) -> Conversation:
+    if isinstance(row, DataError):
+        raise row
+    return row_to_conversation(row, format=format, path=path, line=line)
+
+
+def _mixed(conversation: Conversation, first: str, first_line: int) -> DataError:
+    return fault(
+        "mixed-formats",
+        path=conversation.path,
+        line=conversation.line,
+        found=conversation.format,
+        first=first,
+        first_line=first_line,
+    )
+
+
+def _text_document(path: str) -> Conversation:
+    """The whole file as one document; line ends become newlines."""
+    lines = Path(path).read_bytes().splitlines(keepends=True)
+    parts = [decode(raw, path, line) for line, raw in enumerate(lines, start=1)]
+    text = "".join(parts).replace("\r\n", "\n")
+    if not text.strip():
+        raise fault("empty-file", path=path)
+    for line, part in enumerate(parts, start=1):
+        if "\0" in part:
+            raise fault("nul", path=path, line=line, where="the line")
+    message = Message("text", text)
+    return Conversation(messages=(message,), path=path, line=1, is_text=True, format="text")
