@@ -16,7 +16,6 @@ marker follows here.
 """
 
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -321,7 +320,7 @@ class _Finder:
             whole = self._render(self.turns[: i + 1])
         except TemplateError:
             history, prompt, whole = "", "", ""
-        begin = len(os.path.commonprefix([prompt, self.text])) if start is None else start
+        begin = _num_common(prompt, self.text) if start is None else start
         if stop is not None:
             end = stop + len(self.end) if self.text.startswith(self.end, stop) else stop
         else:
@@ -338,7 +337,7 @@ class _Finder:
 
     def _prefix_end(self, begin: int, whole: str) -> int:
         """The end of turn within what `whole` and the text have in common."""
-        common = len(os.path.commonprefix([whole, self.text]))
+        common = _num_common(whole, self.text)
         region = self.text[begin:common]
         at = region.rfind(self.end) if self.end else -1
         if at >= 0:
@@ -360,6 +359,12 @@ def _take_marks(marked: str, plane: int) -> tuple[str, dict[int, list[int]]]:
     for number, match in enumerate(_marks_of(plane).finditer(marked)):
         at.setdefault(ord(match.group()) - plane, []).append(match.start() - number)
     return _marks_of(plane).sub("", marked), at
+
+
+def _num_common(a: str, b: str) -> int:
+    """The number of characters with which both begin."""
+    pairs = enumerate(zip(a, b, strict=False))
+    return next((n for n, (x, y) in pairs if x != y), min(len(a), len(b)))
 
 
 def _has_outer_space(content: str) -> bool:

@@ -33,9 +33,10 @@ PLAIN_TEMPLATE = (
     "{% for m in messages %}"
     "### {{ {'user': 'User', 'assistant': 'Assistant', 'system': 'System', 'tool': 'Tool'}"
     "[m['role']] }}:\n{{ m['content'] or '' }}"
-    "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}\n\n"
+    "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
+    "{{ '\n\n' }}"
     "{% endfor %}"
-    "{% if add_generation_prompt %}### Assistant:\n{% endif %}"
+    "{% if add_generation_prompt %}{{ '### Assistant:\n' }}{% endif %}"
 )
 """The chat template of a model that has none.
 

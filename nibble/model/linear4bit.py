@@ -1,11 +1,11 @@
-"""Frozen linear layers: stored in 16 bits (DenseLinear) or in 4 (Linear4bit).
+"""Frozen linear layers: dense, or stored in 4 bits.
 
-Both offer what an update needs: `in_features`, `out_features`, `bias`, `forward` and
-`dense_weight`. A 4-bit weight exists in 16 bits only while a product uses it, in one buffer that
-all layers of a device share.
+Both offer `in_features`, `out_features`, `forward(x)` and `dense_weight()`, and both compute
+`y = x W^T + bias` by the same call: a stored weight gives the same bits as its dense copy.
+Nothing here knows of low-rank updates or of layer names.
 """
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,71 +15,86 @@ from transformers.pytorch_utils import Conv1D
 
 from nibble.kernels.nf4 import BLOCK_SIZE, Quantized, dequantize, quantize
 
-_scratch: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+_SCRATCH: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
 
-def scratch(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A tensor in the buffer that all dequantised weights share, valid until the next call."""
-    numel = torch.Size(shape).numel()
-    buffer = _scratch.get((device, dtype))
-    if buffer is None or buffer.numel() < numel:
-        buffer = _scratch[device, dtype] = torch.empty(numel, dtype=dtype, device=device)
-    return buffer[:numel].view(shape)
+class _HasDenseWeight(Protocol):
+    def dense_weight(self, dtype: torch.dtype) -> Tensor:
+        """The weight (O, I) in `dtype`."""
+        ...
 
 
 class DenseLinear(nn.Module):
-    """A frozen linear layer whose weight stays as it is.
+    """A frozen linear layer whose weight is stored as it is.
+
+        y = x W^T + bias
+
+    Shapes:
+        x: (..., I) -> y: (..., O). weight: as the given layer keeps it, (O, I), or (I, O) for
+        transformers' Conv1D. bias: (O,) or None.
 
     Args:
-        layer: nn.Linear or a subclass, or transformers' Conv1D, whose weight is transposed.
+        linear: An nn.Linear (or a subclass, such as Falcon's) or a transformers Conv1D; its
+            parameters are shared, under the same names, and frozen.
     """
 
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self, linear: nn.Linear | Conv1D) -> None:
         super().__init__()
-        self.is_transposed = isinstance(layer, Conv1D)
-        self.weight = nn.Parameter(layer.weight.data, requires_grad=False)
-        bias = layer.bias
-        self.bias = None if bias is None else nn.Parameter(bias.data, requires_grad=False)
-
-    @property
-    def in_features(self) -> int:
-        return self.weight.shape[0 if self.is_transposed else 1]
-
-    @property
-    def out_features(self) -> int:
-        return self.weight.shape[1 if self.is_transposed else 0]
+        self.is_transposed = isinstance(linear, Conv1D)
+        shape = linear.weight.shape
+        self.in_features, self.out_features = shape if self.is_transposed else shape[::-1]
+        self.weight = linear.weight.requires_grad_(False)
+        bias: nn.Parameter | None = linear.bias
+        self.bias = None if bias is None else bias.requires_grad_(False)
 
     def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The weight, (O, I)."""
-        weight = self.weight.T if self.is_transposed else self.weight
+        """The weight (O, I), without a copy if it has this dtype already."""
+        weight = self.weight.t() if self.is_transposed else self.weight
         return weight if dtype is None else weight.to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., I) -> (..., O)."""
-        return F.linear(x, self.dense_weight(x.dtype), self.bias)
+        return _frozen_linear(x, self, self.bias)
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}"
+        """Sizes and dtype, for print(model)."""
+        return f"{self.in_features}, {self.out_features}, {self.weight.dtype}"
 
 
 class Linear4bit(nn.Module):
     """A frozen linear layer stored in 4 bits.
 
-    Codes and scales are one-dimensional frozen parameters, so that a sharded model can hold
-    them like any other. Neither pass keeps a 16-bit copy of the weight.
+        y = x W^T + bias,  W = code * absmax, made anew for every product
+
+    The dense weight exists only in one scratch buffer per device and dtype, which all layers
+    share; backward makes it again, and nothing is saved for it.
 
     Shapes:
-        x: (..., I) -> (..., O).
+        x: (..., I) -> y: (..., O). codes: (ceil(O * I / 2),) uint8. absmax: (N,).
+        nested_absmax: (ceil(N / 256),) and offset: (1,), or None. bias: (O,) or None.
+
+    Args:
+        q: The stored weight, of shape (O, I).
+        bias: Kept in its own dtype.
+
+    Raises:
+        ValueError: If the stored weight has other than two dimensions.
+
+    >>> layer = Linear4bit.from_dense(torch.randn(8, 64))
+    >>> layer(torch.ones(2, 64)).shape, layer.codes.dtype
+    (torch.Size([2, 8]), torch.uint8)
     """
 
-    def __init__(self, quantized: Quantized, bias: Tensor | None = None) -> None:
+    def __init__(self, q: Quantized, bias: Tensor | None = None) -> None:
         super().__init__()
-        self.out_features, self.in_features = quantized.shape
-        self.type, self.block_size = quantized.type, quantized.block_size
-        self.codes = _frozen(quantized.codes)
-        self.absmax = _frozen(quantized.absmax)
-        self.nested_absmax = _frozen(quantized.nested_absmax)
-        self.offset = _frozen(quantized.offset)
+        if len(q.shape) != 2:
+            raise ValueError(f"a linear layer's weight has 2 dimensions, not {len(q.shape)}")
+        self.out_features, self.in_features = q.shape
+        self.type, self.block_size = q.type, q.block_size
+        self.codes = nn.Parameter(q.codes, requires_grad=False)
+        self.absmax = nn.Parameter(q.absmax, requires_grad=False)
+        self.nested_absmax = _frozen(q.nested_absmax)
+        self.offset = _frozen(q.offset)
         self.bias = _frozen(bias)
 
     @classmethod
@@ -93,51 +108,77 @@ class Linear4bit(nn.Module):
         double: bool = True,
         search: bool = False,
     ) -> "Linear4bit":
-        """Quantise an (O, I) weight."""
-        settings = {"type": type, "block_size": block_size, "double": double, "search": search}
-        return cls(quantize(weight, **settings), bias)
+        """Quantise a weight (O, I); the arguments are those of `quantize`."""
+        q = quantize(weight, type=type, block_size=block_size, double=double, search=search)
+        return cls(q, bias)
+
+    @classmethod
+    def from_quantized(cls, q: Quantized, bias: Tensor | None = None) -> "Linear4bit":
+        """Take a weight (O, I) that is stored in 4 bits already."""
+        return cls(q, bias)
 
     @property
     def quantized(self) -> Quantized:
-        """The stored weight."""
+        """The stored weight; its tensors are this layer's parameters."""
         return Quantized(
-            codes=self.codes,
-            absmax=self.absmax,
-            nested_absmax=self.nested_absmax,
-            offset=self.offset,
-            shape=(self.out_features, self.in_features),
-            type=self.type,
-            block_size=self.block_size,
+            self.codes,
+            self.absmax,
+            self.nested_absmax,
+            self.offset,
+            (self.out_features, self.in_features),
+            self.type,
+            self.block_size,
         )
 
-    @torch.no_grad()
     def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The weight in 16 bits, (O, I), valid until the next call on this device."""
-        shape = (self.out_features, self.in_features)
-        out = scratch(shape, dtype or torch.bfloat16, self.codes.device)
-        return dequantize(self.quantized, out=out)
+        """The weight (O, I), bfloat16 unless asked otherwise.
+
+        Valid until the next call, of any layer, on this device and in this dtype.
+        """
+        dtype = torch.bfloat16 if dtype is None else dtype
+        out = _scratch(self.codes.device, dtype, self.out_features * self.in_features)
+        return dequantize(self.quantized, dtype=dtype, out=out)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., I) -> (..., O)."""
-        return _Product4bit.apply(x, self)
+        return _frozen_linear(x, self, self.bias)
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, {self.type}"
+        """Sizes and storage, for print(model)."""
+        return f"{self.in_features}, {self.out_features}, {self.type}"
 
 
-class _Product4bit(torch.autograd.Function):
-    """y = x W^T + b; saves nothing, since W is frozen and can be had again."""
+class _FrozenLinear(torch.autograd.Function):
+    """x W^T + bias with a gradient for x alone; saves no tensor."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: Linear4bit) -> Tensor:
+    def forward(ctx: Any, x: Tensor, layer: _HasDenseWeight, bias: Tensor | None) -> Tensor:
         ctx.layer = layer
-        return F.linear(x, layer.dense_weight(x.dtype), layer.bias)
+        bias = None if bias is None else bias.to(x.dtype)
+        return F.linear(x, layer.dense_weight(x.dtype), bias)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None]:
-        return grads[0] @ ctx.layer.dense_weight(grads[0].dtype), None
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, None, None]:
+        return grad_y @ ctx.layer.dense_weight(grad_y.dtype), None, None
+
+
+def _frozen_linear(x: Tensor, layer: _HasDenseWeight, bias: Tensor | None) -> Tensor:
+    y: Any = _FrozenLinear.apply(x, layer, bias)
+    return y
 
 
 def _frozen(tensor: Tensor | None) -> nn.Parameter | None:
     return None if tensor is None else nn.Parameter(tensor, requires_grad=False)
+
+
+def _scratch(device: torch.device, dtype: torch.dtype, count: int) -> Tensor:
+    """The first `count` values of the one buffer of this device and dtype; it never shrinks."""
+    key = (device, dtype)
+    buffer = _SCRATCH.get(key)
+    if buffer is None or buffer.numel() < count:
+        # The smaller buffer goes first, so that the two never exist together.
+        buffer = None
+        _SCRATCH.pop(key, None)
+        buffer = _SCRATCH[key] = torch.empty(count, dtype=dtype, device=device)
+    return buffer[:count]
