@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from nibble.data.spans import ChatTemplate, Span, render_turns, target_spans
+from nibble.data.prompt import ChatTemplate, render_turns
+from nibble.data.spans import Span, target_spans
 from nibble.data.template import PLAIN_TEMPLATE as PLAIN_TEMPLATE
 from nibble.data.template import TemplateError
-from nibble.data.turns import Conversation, Message, Place
+from nibble.data.turns import Conversation, Message, Place, read_turns
 from nibble.errors import DataError, ModelError
 
 NOT_TARGET = -100
@@ -94,7 +95,7 @@ def render_prompt(messages: Sequence[Message | Mapping[str, Any]], tokenizer: An
     Raises:
         DataError: The chat template does not take the messages.
     """
-    turns = [_to_message(message) for message in messages]
+    turns = [m if isinstance(m, Message) else _to_message(m) for m in messages]
     try:
         _, text = render_turns(chat_template_of(tokenizer), turns, add_generation_prompt=True)
     except TemplateError as error:
@@ -108,11 +109,8 @@ def prompt_ids(messages: Sequence[Message | Mapping[str, Any]], tokenizer: Any) 
     return list(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
 
 
-def _to_message(message: Message | Mapping[str, Any]) -> Message:
-    if isinstance(message, Message):
-        return message
-    extra = {key: message[key] for key in message if key not in ("role", "content")}
-    return Message(message["role"], message.get("content") or "", extra=extra)
+def _to_message(message: Mapping[str, Any]) -> Message:
+    return read_turns([message], "messages", Place("", 0))[0]
 
 
 def _adds_bos(tokenizer: Any) -> bool:

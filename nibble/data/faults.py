@@ -86,7 +86,6 @@ FAULTS: dict[str, tuple[str, str]] = {
         "rename the columns or set data.format to what the file holds",
     ),
     "unknown-format": ('the format "{format}" is not known{hint}', "use one of: {known}"),
-    "missing-field": ('the field "{field}" is missing', "add it or remove the row"),
     "null-field": ('the field "{field}" is null, expected a text', "fill it or remove the row"),
     "wrong-type": (
         'the field "{field}" is {found}, expected {expected}',
@@ -147,6 +146,10 @@ FAULTS: dict[str, tuple[str, str]] = {
         "remove the characters above U+F0000",
     ),
     # the whole
+    "cannot-split": (
+        "data.eval = {fraction} holds out a part of {found} different examples, expected two",
+        "add examples, or name a file with data.eval",
+    ),
     "too-long": (
         "the row has {found} tokens, more than data.max_seq_len = {limit}",
         "raise data.max_seq_len, or set data.on_long_row to truncate or drop",

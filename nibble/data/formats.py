@@ -152,10 +152,7 @@ def _read_alpaca(row: Mapping[str, Any], place: Place) -> list[Message]:
 
 
 def _read_pair(row: Mapping[str, Any], place: Place) -> list[Message]:
-    pair = _pair(list(row), place)
-    if pair is None:  # guarded by _has_format
-        raise place.fault("missing-field", field="completion")
-    prompt, completion = pair
+    prompt, completion = _pair(list(row), place) or ("prompt", "completion")
     if isinstance(row[prompt], list) and isinstance(row[completion], list):
         before = read_turns(row[prompt], prompt, place)
         after = read_turns(row[completion], completion, place)
@@ -217,8 +214,6 @@ def _history(row: Mapping[str, Any], place: Place) -> list[Message]:
 
 
 def _text(row: Mapping[str, Any], name: str, place: Place, *, can_be_empty: bool = False) -> str:
-    if name not in row:
-        raise place.fault("missing-field", field=name)
     value = row[name]
     if value is None:
         raise place.fault("null-field", field=name)

@@ -91,7 +91,9 @@ def fit(
     """
     counts = Counts()
     fitted: list[Example] = []
+    path = ""
     for example in examples:
+        path = path or example.path
         counts.num_examples += 1
         for piece in _fit_one(example, max_seq_len, on_long_row, counts):
             num_targets = _num_targets(piece.labels)
@@ -105,7 +107,7 @@ def fit(
     counts.num_tokens = sum(len(example.input_ids) for example in fitted)
     if not counts.num_target_tokens:
         why = "; ".join(counts.sentences()) or f"{counts.num_examples} rows"
-        raise fault("no-target", why=why)
+        raise fault("no-target", path=path, why=why)
     return fitted, counts
 
 
@@ -131,6 +133,14 @@ def pack(examples: Iterable[Example], *, max_seq_len: int, packing: bool = True)
     ]
 
 
+def cut_text(example: Example, max_seq_len: int) -> list[Example]:
+    """The pieces of a text document that is too long; any other example as it is."""
+    found = len(example.input_ids)
+    if not example.is_text or found <= max_seq_len:
+        return [example]
+    return [_slice(example, at, at + max_seq_len) for at in range(0, found, max_seq_len)]
+
+
 def _fit_one(
     example: Example, max_seq_len: int, on_long_row: str, counts: Counts
 ) -> Iterator[Example]:
@@ -139,8 +149,7 @@ def _fit_one(
         yield example
     elif example.is_text:
         counts.num_texts_cut += 1
-        for start in range(0, found, max_seq_len):
-            yield _slice(example, start, start + max_seq_len)
+        yield from cut_text(example, max_seq_len)
     elif on_long_row == "truncate":
         counts.num_truncated += 1
         _note(counts, example, f"cut from {found} tokens to {max_seq_len}")

@@ -15,13 +15,12 @@ the answer of a last turn (a special token, or else the rest of that line), wher
 marker follows here.
 """
 
-import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
-from nibble.data.template import TemplateError, render
+from nibble.data.prompt import ChatTemplate, render_turns
+from nibble.data.template import TemplateError
 from nibble.data.turns import Conversation, Message, Place
 
 Span = tuple[int, int]
@@ -29,75 +28,6 @@ Span = tuple[int, int]
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _PLANES = (0xF0000, 0x100000)
 _PLANE_SIZE = 0xFFFE
-
-
-@dataclass(frozen=True)
-class ChatTemplate:
-    """A template with what it needs of its tokenizer: no tokens, only texts."""
-
-    source: str
-    variables: Mapping[str, Any]
-    special_texts: tuple[str, ...] = ()
-    eos: str = ""
-    _specials: re.Pattern[str] = field(init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        longest_first = sorted(filter(None, self.special_texts), key=len, reverse=True)
-        pattern = "|".join(map(re.escape, longest_first)) or "(?!)"
-        object.__setattr__(self, "_specials", re.compile(pattern))
-
-    def render(self, turns: Sequence[Mapping[str, Any]], **more: Any) -> str:
-        """The text of these turns; `more` are variables of the template."""
-        given = {"tools": None, "documents": None, "add_generation_prompt": False}
-        return render(self.source, turns, variables=given | dict(self.variables) | more)
-
-    def end_marker(self, suffix: str) -> str:
-        """The end of turn at the start of what follows the answer of a last turn."""
-        special = re.compile(rf"\s*(?:{self._specials.pattern})").match(suffix)
-        if special:
-            return special.group()
-        rest_of_line = re.match(r"\s*\S[^\n]*", suffix)
-        return rest_of_line.group().rstrip() if rest_of_line else ""
-
-    def last_special_end(self, text: str) -> int | None:
-        """Where the last special text of `text` ends."""
-        ends = [match.end() for match in self._specials.finditer(text)]
-        return ends[-1] if ends else None
-
-
-def render_turns(
-    template: ChatTemplate,
-    messages: Sequence[Message],
-    *,
-    tools: Sequence[Mapping[str, Any]] = (),
-    add_generation_prompt: bool = False,
-) -> tuple[list[dict[str, Any]], str]:
-    """The turns as the template takes them, and the text it makes of them.
-
-    A system turn that the template refuses or leaves out goes before the first user turn, with
-    an empty line between; tool calls that it leaves out are written into the answer's text as
-    `<tool_call>{"name": ..., "arguments": ...}</tool_call>`.
-
-    Raises:
-        TemplateError: The template does not take the turns.
-    """
-    more = {"tools": list(tools) or None, "add_generation_prompt": add_generation_prompt}
-    turns = [_to_turn(message) for message in messages]
-    system = turns[0]["content"].strip() if turns and turns[0]["role"] == "system" else ""
-    try:
-        text = template.render(turns, **more)
-        is_whole = system in text
-    except TemplateError:
-        if not system:
-            raise
-        text, is_whole = "", False
-    if not is_whole:
-        turns = _fold_system(turns)
-        text = template.render(turns, **more)
-    folded = [_fold_calls(turn, text) for turn in turns]
-    if folded != turns:
-        turns, text = folded, template.render(folded, **more)
-    return turns, text
 
 
 def target_spans(
@@ -135,37 +65,15 @@ def target_spans(
 def _wanted(
     messages: Sequence[Message], turns: Sequence[Mapping[str, Any]], train_on: str
 ) -> list[int]:
-    """The numbers of the turns that are targets."""
+    """The numbers, among the turns that the template takes, of the answers that are targets."""
     if train_on == "all":
         return []
-    shift = len(messages) - len(turns)  # 1 where the system turn was folded
-    answers = [i for i, message in enumerate(messages) if message.role == "assistant"]
-    chosen = answers[-1:] if train_on == "last" else answers
-    return [i - shift for i in chosen if messages[i].is_trained is not False]
-
-
-def _to_turn(message: Message) -> dict[str, Any]:
-    return {"role": message.role, "content": message.content, **message.extra}
-
-
-def _fold_system(turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Write a system turn before the text of the user turn after it."""
-    if len(turns) < 2 or turns[1]["role"] != "user":
-        return turns
-    content = f"{turns[0]['content']}\n\n{turns[1]['content']}"
-    return [{**turns[1], "content": content}, *turns[2:]]
-
-
-def _fold_calls(turn: dict[str, Any], text: str) -> dict[str, Any]:
-    """Write tool calls into the text of their turn where the template ignored them."""
-    functions = [call["function"] for call in turn.get("tool_calls", [])]
-    if all(function["name"] in text for function in functions):
-        return turn
-    calls = [json.dumps(function, ensure_ascii=False) for function in functions]
-    blocks = [f"<tool_call>\n{call}\n</tool_call>" for call in calls]
-    content = "\n".join([turn["content"], *blocks] if turn["content"] else blocks)
-    kept = {key: value for key, value in turn.items() if key != "tool_calls"}
-    return {**kept, "content": content}
+    answers = [message for message in messages if message.role == "assistant"]
+    places = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
+    chosen = list(zip(answers, places, strict=True))
+    if train_on == "last":
+        chosen = chosen[-1:]
+    return [place for answer, place in chosen if answer.is_trained is not False]
 
 
 class _Finder:

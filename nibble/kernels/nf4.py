@@ -50,8 +50,8 @@ _SEARCH_FRACTIONS = tuple(0.60 + 0.025 * step for step in range(17))
 
 def implementation(device: torch.device | str = "cpu") -> str:
     """Name of the code that quantises and dequantises on this device, for reports."""
-    library = _library(torch.device(device))
-    return f"compiled C ({library.instructions})" if library else "torch reference"
+    is_cpu = torch.device(device).type == "cpu"
+    return nf4_cpu.implementation() if is_cpu else "torch reference"
 
 
 def quantize(

@@ -1,146 +1,292 @@
-/* 4-bit codes on a CPU: the inner loops of nf4.py, bit for bit.
+/* 4-bit weights on a CPU: encode blocks, decode ranges. Format and reference: nf4_reference.py.
  *
- * A weight is flat; a block is block_size values (a multiple of 32) with one float32 scale; two
- * codes share a byte, the first in the high nibble. Work is split over threads by blocks.
+ * Decoding multiplies the 16 codebook values of a block by its scale and rounds them once; every
+ * value is then a look-up of 16 or 32 bits. So the result is exactly round(code * scale), and the
+ * rounding costs 16 operations a block instead of one a value.
+ *
+ * Must be compiled with -ffp-contract=off and without -ffast-math: product and sum of a nested
+ * scale are rounded one by one.
  */
-#include <math.h>
-#include <pthread.h>
 #include <stdint.h>
 #include <string.h>
-#ifdef __AVX512F__
+
+#if defined(__AVX512BW__) || defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
-enum { MAX_THREADS = 64 };
-enum { FLOAT32 = 0, BFLOAT16 = 1 };
+enum { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
+enum { NESTED_BLOCK = 256, MAX_BLOCK = 4096 };
+
+const char *nibble_instructions(void)
+{
+#if defined(__AVX512BW__)
+    return "AVX-512";
+#elif defined(__AVX2__)
+    return "AVX2";
+#else
+    return "portable";
+#endif
+}
+
+static uint32_t bits_of(float value)
+{
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+
+static float float_of(uint32_t bits)
+{
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+/* To nearest, ties to even; NaN stays NaN. */
+static uint16_t to_bfloat16(float value)
+{
+    uint32_t bits = bits_of(value);
+    uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    return (uint16_t)((bits & 0x7fffffff) > 0x7f800000 ? (bits >> 16) | 0x40 : rounded);
+}
+
+/* To nearest, ties to even; overflow is infinite, NaN stays NaN. */
+static uint16_t to_float16(float value)
+{
+    uint32_t bits = bits_of(value), sign = (bits >> 16) & 0x8000, magnitude = bits & 0x7fffffff;
+    if (magnitude > 0x7f800000)
+        return (uint16_t)(sign | 0x7e00);
+    if (magnitude >= 0x477ff000) /* 65520, half way past the largest */
+        return (uint16_t)(sign | 0x7c00);
+    if (magnitude < 0x38800000) /* below 2^-14: a sum with 0.5 rounds at 2^-24 */
+        return (uint16_t)(sign | (bits_of(float_of(magnitude) + 0.5f) - 0x3f000000));
+    return (uint16_t)(sign | ((magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1)) >> 13));
+}
+
+/* ---- decode ---------------------------------------------------------------------------------- */
 
 typedef struct {
-    int64_t first, last; /* values, multiples of block_size but for the end */
+    const uint8_t *codes;
+    const float *codebook;      /* 16 values */
+    const void *absmax;         /* float, or uint8_t when `nested` is given */
+    const float *map;           /* 256 values */
+    const float *nested;        /* NULL without double quantisation */
+    const float *offset;
     int64_t block_size;
-    const float *absmax, *table, *values;
-    const uint8_t *order;
-    uint8_t *codes;
-    void *out;
-    int type;
-    uint8_t zero; /* number of thresholds below 0 */
-} Job;
+} Weight;
 
-static inline uint16_t round_to_bfloat16(float value) {
-    uint32_t bits;
-    memcpy(&bits, &value, 4);
-    return (uint16_t)((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
+typedef union {
+    float f32[16];
+    uint32_t u32[16];
+    uint16_t u16[16];
+} Table;
+
+static float scale_of(const Weight *w, int64_t block)
+{
+    if (!w->nested)
+        return ((const float *)w->absmax)[block];
+    return w->map[((const uint8_t *)w->absmax)[block]] * w->nested[block / NESTED_BLOCK] + *w->offset;
 }
 
-static void store(const Job *job, int64_t i, float value) {
-    if (job->type == FLOAT32)
-        ((float *)job->out)[i] = value;
+static void fill_table(Table *table, const float *codebook, float scale, int kind)
+{
+    float value[16];
+    for (int i = 0; i < 16; i++)
+        value[i] = codebook[i] * scale;
+    if (kind == FLOAT32)
+        memcpy(table->f32, value, sizeof value);
+    else if (kind == BFLOAT16)
+        for (int i = 0; i < 16; i++)
+            table->u16[i] = to_bfloat16(value[i]);
     else
-        ((uint16_t *)job->out)[i] = round_to_bfloat16(value);
+        for (int i = 0; i < 16; i++)
+            table->u16[i] = to_float16(value[i]);
 }
 
-static void decode_range(const Job *job, int64_t first, int64_t last, float scale) {
-    for (int64_t i = first; i < last; i++) {
-        uint8_t byte = job->codes[i / 2];
-        store(job, i, job->table[i % 2 ? byte & 15 : byte >> 4] * scale);
+/* Values [start, stop), one at a time. */
+static void look_up(const Table *table, const uint8_t *codes, int64_t start, int64_t stop,
+                    void *out, int kind)
+{
+    for (int64_t i = start; i < stop; i++) {
+        int code = i & 1 ? codes[i >> 1] & 15 : codes[i >> 1] >> 4;
+        if (kind == FLOAT32)
+            ((uint32_t *)out)[i - start] = table->u32[code];
+        else
+            ((uint16_t *)out)[i - start] = table->u16[code];
     }
 }
 
-#ifdef __AVX512F__
-static inline __m512i rounded(__m512 value) {
-    __m512i bits = _mm512_castps_si512(value);
-    __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    return _mm512_add_epi32(_mm512_add_epi32(bits, odd), _mm512_set1_epi32(0x7FFF));
+#if defined(__AVX512BW__)
+
+/* The 16 products, rounded, twice in a row: a stray fifth bit of an index does no harm. */
+static __m512i rounded_twice(__m512 value, int kind)
+{
+    __m256i half;
+    if (kind == FLOAT16) {
+        half = _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    } else {
+        __m512i bits = _mm512_castps_si512(value);
+        __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+        __m512i sum = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+        __mmask16 is_nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
+        sum = _mm512_mask_or_epi32(sum, is_nan, bits, _mm512_set1_epi32(0x400000));
+        half = _mm512_cvtepi32_epi16(_mm512_srli_epi32(sum, 16));
+    }
+    return _mm512_broadcast_i64x4(half);
 }
 
-/* 32 values from 16 bytes: the two values of a byte are the halves of one 32-bit word. */
-static void decode_block(const Job *job, int64_t first, int64_t last, float scale) {
-    if (job->type != BFLOAT16 || first % 2) {
-        decode_range(job, first, last, scale);
+/* `count` values of one block, a multiple of 32, from a whole byte on. */
+static void look_up_many(const float *codebook, float scale, const uint8_t *codes, int64_t count,
+                         void *out, int kind)
+{
+    __m512 value = _mm512_mul_ps(_mm512_loadu_ps(codebook), _mm512_set1_ps(scale));
+    if (kind == FLOAT32) {
+        /* Each byte stands twice; the even lane shifts its high code down. */
+        const __m512i shift = _mm512_set_epi32(0, 4, 0, 4, 0, 4, 0, 4, 0, 4, 0, 4, 0, 4, 0, 4);
+        for (int64_t i = 0; i < count; i += 16) {
+            __m128i byte = _mm_loadl_epi64((const __m128i *)(codes + i / 2));
+            __m512i lane = _mm512_cvtepu8_epi32(_mm_unpacklo_epi8(byte, byte));
+            lane = _mm512_srlv_epi32(lane, shift);
+            _mm512_storeu_ps((float *)out + i, _mm512_permutexvar_ps(lane, value));
+        }
         return;
     }
-    __m512 table = _mm512_loadu_ps(job->table), wide = _mm512_set1_ps(scale);
-    int64_t i = first;
-    for (; i + 32 <= last; i += 32) {
-        __m128i bytes = _mm_loadu_si128((const __m128i *)(job->codes + i / 2));
-        __m512i words = _mm512_cvtepu8_epi32(bytes);
-        __m512 high = _mm512_permutexvar_ps(_mm512_srli_epi32(words, 4), table);
-        __m512 low = _mm512_permutexvar_ps(_mm512_and_si512(words, _mm512_set1_epi32(15)), table);
-        __m512i a = _mm512_srli_epi32(rounded(_mm512_mul_ps(high, wide)), 16);
-        __m512i b = rounded(_mm512_mul_ps(low, wide));
-        b = _mm512_and_si512(b, _mm512_set1_epi32((int)0xFFFF0000u));
-        _mm512_storeu_si512((uint16_t *)job->out + i, _mm512_or_si512(a, b));
+    __m512i table = rounded_twice(value, kind);
+    for (int64_t i = 0; i < count; i += 32) {
+        /* A 32-bit lane holds byte b as b >> 4 | b << 16: its halves are the two codes. */
+        __m512i byte = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(codes + i / 2)));
+        __m512i code = _mm512_or_si512(_mm512_srli_epi32(byte, 4), _mm512_slli_epi32(byte, 16));
+        _mm512_storeu_si512((uint16_t *)out + i, _mm512_permutexvar_epi16(code, table));
     }
-    decode_range(job, i, last, scale);
 }
+
+#elif defined(__AVX2__)
+
+/* As above. The low and the high bytes of the table are looked up apart and woven together. */
+static void look_up_many(const float *codebook, float scale, const uint8_t *codes, int64_t count,
+                         void *out, int kind)
+{
+    Table table;
+    fill_table(&table, codebook, scale, kind);
+    if (kind == FLOAT32) {
+        look_up(&table, codes, 0, count, out, kind);
+        return;
+    }
+    const __m128i mask = _mm_set1_epi8(15), low_byte = _mm_set1_epi16(255);
+    __m128i first_half = _mm_loadu_si128((const __m128i *)table.u16);
+    __m128i second_half = _mm_loadu_si128((const __m128i *)(table.u16 + 8));
+    const __m128i lows = _mm_packus_epi16(_mm_and_si128(first_half, low_byte),
+                                          _mm_and_si128(second_half, low_byte));
+    const __m128i highs = _mm_packus_epi16(_mm_srli_epi16(first_half, 8),
+                                           _mm_srli_epi16(second_half, 8));
+    for (int64_t i = 0; i < count; i += 32) {
+        __m128i byte = _mm_loadu_si128((const __m128i *)(codes + i / 2));
+        __m128i even = _mm_and_si128(_mm_srli_epi16(byte, 4), mask);
+        __m128i odd = _mm_and_si128(byte, mask);
+        __m128i code[2] = {_mm_unpacklo_epi8(even, odd), _mm_unpackhi_epi8(even, odd)};
+        for (int h = 0; h < 2; h++) {
+            __m128i l = _mm_shuffle_epi8(lows, code[h]), u = _mm_shuffle_epi8(highs, code[h]);
+            __m128i *to = (__m128i *)((uint16_t *)out + i + 16 * h);
+            _mm_storeu_si128(to, _mm_unpacklo_epi8(l, u));
+            _mm_storeu_si128(to + 1, _mm_unpackhi_epi8(l, u));
+        }
+    }
+}
+
 #else
-#define decode_block decode_range
+
+static void look_up_many(const float *codebook, float scale, const uint8_t *codes, int64_t count,
+                         void *out, int kind)
+{
+    Table table;
+    fill_table(&table, codebook, scale, kind);
+    look_up(&table, codes, 0, count, out, kind);
+}
+
 #endif
 
-static void *decode(void *argument) {
-    const Job *job = argument;
-    for (int64_t i = job->first; i < job->last; i += job->block_size) {
-        int64_t end = i + job->block_size < job->last ? i + job->block_size : job->last;
-        decode_block(job, i, end, job->absmax[i / job->block_size]);
-    }
-    return 0;
-}
-
-static void *encode(void *argument) {
-    const Job *job = argument;
-    for (int64_t i = job->first; i < job->last; i += job->block_size) {
-        int64_t end = i + job->block_size < job->last ? i + job->block_size : job->last;
-        float scale = fmaxf(job->absmax[i / job->block_size], 1e-38f);
-        int whole = end - i == job->block_size;
-        float factor = 1.0f / scale;
-        uint8_t place[4097];
-        for (int64_t j = 0; j < end - i; j++) {
-            float value = whole ? job->values[i + j] * factor : job->values[i + j] / scale;
-            uint8_t above = 0;
-            for (int k = 0; k < 15; k++) above += value > job->table[k];
-            place[j] = above;
+/* Write values [start, start + count) of the weight to `out`, counted flat. */
+void nibble_decode(const Weight *w, int64_t start, int64_t count, void *out, int kind)
+{
+    int64_t width = kind == FLOAT32 ? 4 : 2, stop = start + count;
+    for (int64_t at = start; at < stop;) {
+        int64_t block = at / w->block_size, end = (block + 1) * w->block_size;
+        if (end > stop)
+            end = stop;
+        char *to = (char *)out + (at - start) * width;
+        float scale = scale_of(w, block);
+        int64_t many = at & 1 ? 0 : (end - at) / 32 * 32;
+        if (many)
+            look_up_many(w->codebook, scale, w->codes + at / 2, many, to, kind);
+        if (at + many < end) {
+            Table table;
+            fill_table(&table, w->codebook, scale, kind);
+            look_up(&table, w->codes, at + many, end, to + many * width, kind);
         }
-        if ((end - i) % 2) place[end - i] = job->zero;
-        for (int64_t j = 0; j < end - i; j += 2) {
-            uint8_t pair = (uint8_t)(job->order[place[j]] << 4 | job->order[place[j + 1]]);
-            job->codes[(i + j) / 2] = pair;
+        at = end;
+    }
+}
+
+/* ---- encode ---------------------------------------------------------------------------------- */
+
+static void load(const void *values, int64_t start, int64_t count, int kind, float *to)
+{
+    if (kind == FLOAT32) {
+        memcpy(to, (const float *)values + start, (size_t)count * sizeof(float));
+        return;
+    }
+    const uint16_t *from = (const uint16_t *)values + start;
+    for (int64_t i = 0; i < count; i++)
+        to[i] = float_of((uint32_t)from[i] << 16);
+}
+
+/* The largest magnitude. As integers the order of finite values is the same, and NaN is on top. */
+static float measure_absmax(const float *values, int64_t count)
+{
+    uint32_t largest = 0;
+    for (int64_t i = 0; i < count; i++) {
+        uint32_t magnitude = bits_of(values[i]) & 0x7fffffff;
+        largest = magnitude > largest ? magnitude : largest;
+    }
+    return float_of(largest);
+}
+
+/* rank = how many of the 15 bounds lie below the value. */
+static void rank_values(const float *values, int64_t count, const float *bounds, int32_t *rank)
+{
+    for (int64_t i = 0; i < count; i++) {
+        int32_t below = 0;
+        for (int k = 0; k < 15; k++)
+            below += values[i] > bounds[k];
+        rank[i] = below;
+    }
+}
+
+/* Encode `count` values from block boundary on; `kind` is FLOAT32 or BFLOAT16. A last, shorter
+ * block is divided by its scale, a full one is multiplied by the reciprocal. */
+void nibble_encode(const void *values, int kind, int64_t count, int64_t block_size,
+                   const float *bounds, const uint8_t *order, int measure, float *scale,
+                   uint8_t *codes)
+{
+    const float smallest = 1e-38f;
+    float scaled[MAX_BLOCK + 1];
+    int32_t rank[MAX_BLOCK + 1];
+    for (int64_t block = 0, at = 0; at < count; block++, at += block_size) {
+        int is_full = count - at >= block_size;
+        int64_t length = is_full ? block_size : count - at;
+        load(values, at, length, kind, scaled);
+        if (measure) {
+            float absmax = measure_absmax(scaled, length);
+            scale[block] = !is_full && absmax < smallest ? smallest : absmax;
         }
+        float divisor = scale[block] < smallest ? smallest : scale[block];
+        float reciprocal = 1.0f / divisor;
+        for (int64_t i = 0; i < length; i++)
+            scaled[i] = is_full ? scaled[i] * reciprocal : scaled[i] / divisor;
+        scaled[length] = 0.0f; /* the nibble that an odd count leaves */
+        rank_values(scaled, length + (length & 1), bounds, rank);
+        uint8_t *to = codes + at / 2;
+        for (int64_t i = 0; i < (length + 1) / 2; i++)
+            to[i] = (uint8_t)(order[rank[2 * i]] << 4 | order[rank[2 * i + 1]]);
     }
-    return 0;
-}
-
-static void run(void *(*work)(void *), Job job, int64_t count, int num_threads) {
-    pthread_t threads[MAX_THREADS];
-    Job jobs[MAX_THREADS];
-    if (num_threads > MAX_THREADS) num_threads = MAX_THREADS;
-    if (count < (1 << 17) || num_threads < 1) num_threads = 1;
-    int64_t blocks = (count + job.block_size - 1) / job.block_size;
-    int started[MAX_THREADS] = {0};
-    for (int t = num_threads - 1; t >= 0; t--) {
-        jobs[t] = job;
-        jobs[t].first = blocks * t / num_threads * job.block_size;
-        jobs[t].last = blocks * (t + 1) / num_threads * job.block_size;
-        if (jobs[t].last > count) jobs[t].last = count;
-        if (t > 0) started[t] = pthread_create(&threads[t], 0, work, &jobs[t]) == 0;
-        if (!started[t]) work(&jobs[t]);
-    }
-    for (int t = 1; t < num_threads; t++)
-        if (started[t]) pthread_join(threads[t], 0);
-}
-
-/* out[i] = table[code i] * absmax[i / block_size], type 0 float32 or 1 bfloat16. */
-void nibble_decode(const uint8_t *codes, const float *absmax, const float *table, void *out,
-                   int64_t count, int64_t block_size, int type, int num_threads) {
-    Job job = {.block_size = block_size, .absmax = absmax, .table = table,
-               .codes = (uint8_t *)codes, .out = out, .type = type};
-    run(decode, job, count, num_threads);
-}
-
-/* codes of order[number of midpoints below values[i] / absmax[i / block_size]]. */
-void nibble_encode(const float *values, const float *absmax, const float *midpoints,
-                   const uint8_t *order, uint8_t *codes, int64_t count, int64_t block_size,
-                   int num_threads) {
-    Job job = {.block_size = block_size, .absmax = absmax, .table = midpoints,
-               .values = values, .order = order, .codes = codes};
-    for (int k = 0; k < 15; k++) job.zero += midpoints[k] < 0;
-    run(encode, job, count, num_threads);
 }

@@ -19,11 +19,14 @@ Source:
 
 import functools
 from dataclasses import dataclass
+from functools import cache
 from math import prod
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from nibble.errors import ModelError
 
 BLOCK_SIZE = 64
 NESTED_BLOCK_SIZE = 256
@@ -92,6 +95,9 @@ class Quantized:
         shape: Shape of the weight.
         type: "nf4" or "fp4".
         block_size: Values per block.
+
+    Raises:
+        ModelError: If a part has another dtype or length than the shape asks for.
     """
 
     codes: Tensor
@@ -101,6 +107,23 @@ class Quantized:
     shape: tuple[int, ...]
     type: str = "nf4"
     block_size: int = BLOCK_SIZE
+
+    def __post_init__(self) -> None:
+        has_nested = self.nested_absmax is not None and self.offset is not None
+        num_blocks = -(-self.numel // self.block_size)
+        expected = {"codes": (torch.uint8, (self.numel + 1) // 2)}
+        expected["absmax"] = (torch.uint8 if has_nested else torch.float32, num_blocks)
+        if has_nested:
+            num_nested = -(-num_blocks // NESTED_BLOCK_SIZE)
+            expected |= {"nested_absmax": (torch.float32, num_nested), "offset": (torch.float32, 1)}
+        for name, (dtype, length) in expected.items():
+            part: Tensor = getattr(self, name)
+            if part.dtype != dtype or part.shape != (length,) or not part.is_contiguous():
+                raise ModelError(
+                    f"{name} of a 4-bit weight of shape {self.shape} is {part.dtype} of shape "
+                    f"{tuple(part.shape)}; expected {dtype} of shape {(length,)}",
+                    fix="keep stored weights as they are: no .to(dtype), no missing bytes",
+                )
 
     @property
     def numel(self) -> int:
@@ -173,15 +196,11 @@ def decode_reference(q: Quantized, out_flat: Tensor, start: int) -> None:
 def quantize_scales(scale_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Block scales in 8 bits: (codes (N,) uint8, nested_absmax (ceil(N / 256),), offset (1,)).
 
-    A scaled value v in [-1, 1] is first rounded to one of 65536 steps, int((v + 1) * 32767.5 +
-    0.5); the map entry nearest to the step is the code: v = 0 is step 32768, which stands for
-    1.5e-5 and has code 130.
+    A scaled value v in [-1, 1] goes through step int((v + 1) * 32767.5 + 0.5) of 65536 to its code.
     """
     device = scale_N.device
     offset = scale_N.mean().view(1)
-    step = torch.arange(65536, device=device) / 32767.5 - 1
-    midpoints = ((DYNAMIC_MAP[1:] + DYNAMIC_MAP[:-1]) / 2).to(device)
-    code_of_step = torch.bucketize(step, midpoints).to(torch.uint8)
+    code_of_step = _code_of_step().to(device)
     codes = torch.empty(scale_N.numel(), dtype=torch.uint8, device=device)
     nested_absmax = torch.empty(-(-scale_N.numel() // NESTED_BLOCK_SIZE), device=device)
     for first in range(0, scale_N.numel(), CHUNK):
@@ -195,6 +214,17 @@ def quantize_scales(scale_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         nested_absmax[block : block + len(absmax_N1)] = absmax_N1[:, 0]
         codes[first : first + part.numel()] = code_of_step[step_NQ].view(-1)[: part.numel()]
     return codes, nested_absmax, offset
+
+
+@cache
+def _code_of_step() -> Tensor:
+    """The code nearest to each of 65536 equal steps from -1 to 1.
+
+    Step 32768 is where v = 0 goes; it stands for 1.5e-5 and so has code 130, not 127.
+    """
+    step = torch.arange(65536) / 32767.5 - 1
+    midpoints = (DYNAMIC_MAP[1:] + DYNAMIC_MAP[:-1]) / 2
+    return torch.bucketize(step, midpoints).to(torch.uint8)
 
 
 def dequantize_scales(q: Quantized, first: int = 0, last: int | None = None) -> Tensor:

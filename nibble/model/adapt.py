@@ -1,6 +1,7 @@
 """Choose layers by name, wrap them, freeze the rest, count."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -9,7 +10,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from nibble.errors import UsageError, did_you_mean
-from nibble.model.experts import Experts
+from nibble.model.experts import Experts, ExpertWeight
 from nibble.model.ledger import count_parameters
 from nibble.model.linear4bit import DenseLinear, Linear4bit
 from nibble.model.lora import LoRALinear, lora_scale
@@ -117,3 +118,17 @@ def _choose(candidates: Iterable[str], target: Target) -> list[str]:
 
 def _has_suffix(name: str, suffix: str) -> bool:
     return name == suffix or name.endswith(f".{suffix}")
+
+
+@contextmanager
+def updates_off(model: nn.Module) -> Iterator[None]:
+    """Within the block every update counts nothing: the model is its base."""
+    layers = [m for m in model.modules() if isinstance(m, LoRALinear | ExpertWeight)]
+    scales = [layer.scale for layer in layers]
+    for layer in layers:
+        layer.scale = 0.0
+    try:
+        yield
+    finally:
+        for layer, scale in zip(layers, scales, strict=True):
+            layer.scale = scale

@@ -1,26 +1,24 @@
-"""A transformers checkpoint on disk: where it is, its config, and which file holds which tensor.
+"""A transformers checkpoint on disk: where it is, its config, and where each tensor stands.
 
 Nothing in a model folder is run: JSON and safetensors only, and config keys that could name
 code are dropped before transformers sees them.
 """
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from safetensors import SafetensorError, safe_open
 
 from nibble.errors import ModelError, UnavailableError, did_you_mean
+from nibble.model.tensors import Entry, read_entries
 
 CONFIG_FILE = "config.json"
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-_QUANTISED_KINDS = ("bitsandbytes",)
 
 
 def find_model(name: str, revision: str | None = None) -> Path:
@@ -33,6 +31,8 @@ def find_model(name: str, revision: str | None = None) -> Path:
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
+    if folder.is_file():
+        raise ModelError(f"model {name!r} is a file", fix=f"give its folder, {folder.parent}")
     if not name or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ModelError(f"model {name!r}: there is no such folder", fix=_neighbour(folder))
     try:
@@ -43,8 +43,8 @@ def find_model(name: str, revision: str | None = None) -> Path:
         ) from None
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise UnavailableError(
-            f"model {name!r} is not a folder, and not in the cache of the hub "
-            f"({type(error).__name__})",
+            f"model {name!r} is not a folder, and not in the cache of the hub, which cannot be "
+            f"reached ({type(error).__name__})",
             fix="give a local folder, or go online once so that it can be downloaded",
         ) from None
 
@@ -53,7 +53,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """config.json without the keys that could name code.
 
     Raises:
-        ModelError: If it is missing, broken, or quantised in a way that nibble does not read.
+        ModelError: If it is missing or broken.
     """
     path = folder / CONFIG_FILE
     try:
@@ -62,69 +62,73 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise ModelError(
             f"{folder} holds no {CONFIG_FILE}", fix="give a folder in the transformers layout"
         ) from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ModelError(f"{path} is not valid JSON: {error}") from None
+    except ValueError as error:
+        raise ModelError(
+            f"{path} is not valid JSON: {error}", fix="download config.json again"
+        ) from None
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise ModelError(f"{path} names no model_type", fix="download config.json again")
-    kind = (config.get("quantization_config") or {}).get("quant_method")
-    if kind is not None and kind not in _QUANTISED_KINDS:
-        raise ModelError(
-            f"{path}: the weights are quantised by {kind!r}, which nibble does not read",
-            fix="use the 16-bit checkpoint, or one quantised in 4 bits by bitsandbytes",
-        )
     return _without_code(config)
 
 
-def weight_files(folder: Path) -> dict[str, Path]:
-    """Every tensor's name with the file that holds it.
+def read_index(folder: Path) -> dict[str, Entry]:
+    """Where each tensor of the checkpoint stands, by its name on disk.
 
     Raises:
-        ModelError: If a file is missing, cut off, or the weights are pickled.
+        ModelError: If a file is missing or cut off, or the weights are pickled.
     """
     if (folder / INDEX_FILE).is_file():
-        return _read_index(folder)
-    if not (folder / SINGLE_FILE).is_file():
-        pickled = sorted(folder.glob("*.bin")) + sorted(folder.glob("*.pt"))
-        fix = "save the model with safe_serialization=True" if pickled else "download it again"
-        held = f"only pickled weights ({pickled[0].name})" if pickled else "no weights"
-        raise ModelError(f"{folder} holds {held}, expected {SINGLE_FILE}", fix=fix)
-    path = folder / SINGLE_FILE
-    return dict.fromkeys(_names_in(path), path)
+        return _read_shards(folder)
+    if (folder / SINGLE_FILE).is_file():
+        return read_entries(folder / SINGLE_FILE)
+    pickled = sorted([*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")])
+    if pickled:
+        raise ModelError(
+            f"{folder} holds pickled weights only ({pickled[0].name}), which can run code",
+            fix="convert them to safetensors: save the model with safe_serialization=True",
+        )
+    shards = sorted(folder.glob("*.safetensors"))
+    held = f"{shards[0].name} but no {INDEX_FILE}" if shards else "no weights"
+    raise ModelError(
+        f"{folder} holds {held}, expected {SINGLE_FILE} or {INDEX_FILE}",
+        fix="download the model again",
+    )
 
 
 def checkpoint_bytes(folder: Path) -> int:
-    """Size of all weights on disk."""
-    return sum(path.stat().st_size for path in set(weight_files(folder).values()))
+    """Bytes of all weights on disk."""
+    return sum(entry.num_bytes for entry in read_index(folder).values())
 
 
-def _read_index(folder: Path) -> dict[str, Path]:
+def weight_files(folder: Path) -> dict[str, Path]:
+    """The file that holds each tensor of the checkpoint."""
+    return {name: entry.path for name, entry in read_index(folder).items()}
+
+
+def _read_shards(folder: Path) -> dict[str, Entry]:
     try:
-        index = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))["weight_map"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{folder / INDEX_FILE} is broken: {error}") from None
-    names = {shard: set[str]() for shard in index.values()}
-    for shard in names:
-        path = folder / os.path.basename(shard)
-        if not path.is_file():
+        weight_map = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))["weight_map"]
+        shards = sorted({Path(shard).name for shard in weight_map.values()})
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(
+            f"{folder / INDEX_FILE} is broken: {error}", fix="download the file again"
+        ) from None
+    entries: dict[str, Entry] = {}
+    for shard in shards:
+        if not (folder / shard).is_file():
             raise ModelError(
                 f"shard {shard} is missing in {folder} ({INDEX_FILE} lists it)",
                 fix="download the model again",
             )
-        names[shard] = set(_names_in(path))
-    missing = [key for key, shard in index.items() if key not in names[shard]]
+        entries.update(read_entries(folder / shard))
+    missing = [name for name in weight_map if name not in entries]
     if missing:
-        raise ModelError(f"{folder}: {index[missing[0]]} lacks the tensor {missing[0]!r}")
-    return {key: folder / os.path.basename(shard) for key, shard in index.items()}
-
-
-def _names_in(path: Path) -> list[str]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            return list(file.keys())
-    except (SafetensorError, OSError) as error:
         raise ModelError(
-            f"{path} is cut off or broken: {error}", fix="download the file again"
-        ) from None
+            f"{folder}: {weight_map[missing[0]]} lacks the tensor {missing[0]!r} "
+            f"({len(missing)} missing)",
+            fix="download the model again",
+        )
+    return entries
 
 
 def _without_code(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""Every byte of a loaded model by storage, and every value by kind."""
+"""Every byte of a model by storage, and every value once."""
 
-import math
 from collections.abc import Iterator
+from math import prod
 
 import torch
 from torch import Tensor, nn
@@ -9,14 +9,26 @@ from torch import Tensor, nn
 from nibble.model.experts import ExpertWeight
 from nibble.model.linear4bit import Linear4bit
 
+# Parts of a 4-bit weight: attribute -> name in the ledger.
+_PARTS = {
+    "codes": "codes",
+    "absmax": "absmax",
+    "nested_absmax": "nested absmax",
+    "offset": "offsets",
+}
+_ROUTERS = ("gate", "router", "shared_expert_gate")
+
 
 def resident_bytes(model: nn.Module) -> dict[str, int]:
-    """Bytes per kind of storage, each storage counted once; they add up to the model.
+    """Bytes per kind of storage; they add up to all distinct storages of the model.
 
-    For example {"nf4 codes": 3238002688, "8-bit scales": ..., "bfloat16 embeddings": ...}.
+    A kind is a type and a use: "nf4 codes", "8-bit absmax", "float32 nested absmax",
+    "float32 offsets", and "bfloat16" or "float32" of embeddings, head, linears, experts, norms,
+    biases, routers, adapters and tables (rotary frequencies). What several layers share counts
+    once, for the first of them: a tied head counts as embeddings.
     """
     found: dict[str, int] = {}
-    for kind, tensor in _tensors(model):
+    for kind, tensor in _distinct(model):
         found[kind] = found.get(kind, 0) + tensor.untyped_storage().nbytes()
     return found
 
@@ -28,61 +40,58 @@ def count_parameters(model: nn.Module) -> int:
     for module in model.modules():
         if isinstance(module, Linear4bit):
             total += module.in_features * module.out_features
-        elif isinstance(module, ExpertWeight) and module.quant is not None:
-            total += math.prod(module.shape)
+        elif isinstance(module, ExpertWeight) and module.type:
+            total += prod(module.shape)
         for name, parameter in module.named_parameters(recurse=False):
-            if id(parameter) not in seen and not _is_storage(module, name):
+            if id(parameter) not in seen and not _is_part(module, name):
                 total += parameter.numel()
             seen.add(id(parameter))
     return total
 
 
-def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Every distinct storage with its kind; tied weights come once, as embeddings."""
+def _distinct(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     seen: set[int] = set()
-    embeddings = _layer(model, "get_input_embeddings")
-    head = _layer(model, "get_output_embeddings")
     for name, module in model.named_modules():
         own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
         for key, tensor in own:
-            pointer = tensor.untyped_storage().data_ptr()
-            if pointer in seen or tensor.numel() == 0:
-                continue
-            seen.add(pointer)
-            if module is embeddings:
-                kind = "embeddings"
-            elif module is head:
-                kind = "head"
-            else:
-                kind = _kind(name, module, key, tensor)
-            yield _named(kind, tensor), tensor
+            storage = tensor.untyped_storage()
+            if storage.nbytes() and storage.data_ptr() not in seen:
+                seen.add(storage.data_ptr())
+                yield _kind(model, name, key, tensor), tensor
 
 
-def _kind(name: str, module: nn.Module, key: str, tensor: Tensor) -> str:
-    if _is_storage(module, key):
-        return "codes" if key == "codes" else "scales"
-    if "lora_" in key:
+def _kind(model: nn.Module, name: str, key: str, tensor: Tensor) -> str:
+    module = model.get_submodule(name)
+    if _is_part(module, key):
+        kind = module.type if key == "codes" else "8-bit" if _is_byte(tensor) else "float32"
+        return f"{kind} {_PARTS[key]}"
+    return f"{str(tensor.dtype).removeprefix('torch.')} {_use(model, name, key, tensor)}"
+
+
+def _use(model: nn.Module, name: str, key: str, tensor: Tensor) -> str:
+    module = model.get_submodule(name)
+    if key.startswith("lora_"):
         return "adapters"
-    if isinstance(module, ExpertWeight) or key == "weight" and tensor.ndim >= 2:
-        is_router = name.endswith((".gate", ".router"))
-        return "routers" if is_router else "linears"
+    for getter, use in (("get_input_embeddings", "embeddings"), ("get_output_embeddings", "head")):
+        if hasattr(model, getter) and module is getattr(model, getter)():
+            return use
+    if key in module._buffers:
+        return "tables"
     if key.endswith("bias"):
         return "biases"
-    return "norms" if key == "weight" else "tables"
+    if isinstance(module, nn.Embedding):
+        return "embeddings"
+    if name.rpartition(".")[2] in _ROUTERS:
+        return "routers"
+    if isinstance(module, ExpertWeight) or tensor.ndim == 3:
+        return "experts"
+    return "linears" if tensor.ndim == 2 else "norms"
 
 
-def _named(kind: str, tensor: Tensor) -> str:
-    if kind == "codes":
-        return "4-bit codes"
-    dtype = "8-bit" if tensor.dtype == torch.uint8 else str(tensor.dtype).removeprefix("torch.")
-    return f"{dtype} {kind}"
-
-
-def _is_storage(module: nn.Module, key: str) -> bool:
+def _is_part(module: nn.Module, key: str) -> bool:
     """Whether a parameter is a part of a 4-bit weight."""
-    is_quantised = isinstance(module, Linear4bit | ExpertWeight)
-    return is_quantised and key.endswith(("codes", "absmax", "offset"))
+    return isinstance(module, Linear4bit | ExpertWeight) and key in _PARTS
 
 
-def _layer(model: nn.Module, getter: str) -> nn.Module | None:
-    return getattr(model, getter)() if hasattr(model, getter) else None
+def _is_byte(tensor: Tensor) -> bool:
+    return tensor.dtype == torch.uint8

@@ -136,7 +136,7 @@ class Linear4bit(nn.Module):
         Valid until the next call, of any layer, on this device and in this dtype.
         """
         dtype = torch.bfloat16 if dtype is None else dtype
-        out = _scratch(self.codes.device, dtype, self.out_features * self.in_features)
+        out = scratch(self.codes.device, dtype, self.out_features * self.in_features)
         return dequantize(self.quantized, dtype=dtype, out=out)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -172,7 +172,7 @@ def _frozen(tensor: Tensor | None) -> nn.Parameter | None:
     return None if tensor is None else nn.Parameter(tensor, requires_grad=False)
 
 
-def _scratch(device: torch.device, dtype: torch.dtype, count: int) -> Tensor:
+def scratch(device: torch.device, dtype: torch.dtype, count: int) -> Tensor:
     """The first `count` values of the one buffer of this device and dtype; it never shrinks."""
     key = (device, dtype)
     buffer = _SCRATCH.get(key)

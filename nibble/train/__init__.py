@@ -2,4 +2,4 @@
 
 from nibble.room import make_callable
 
-make_callable(__name__, "nibble.train.trainer")
+make_callable(__name__, "nibble.api")

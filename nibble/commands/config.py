@@ -1,0 +1,38 @@
+"""`nibble schema` and `nibble explain KEY`: the config, from the one place where it stands."""
+
+import json
+from typing import Annotated
+
+import typer
+
+from nibble.config import RunConfig, keys
+from nibble.errors import UsageError, did_you_mean
+
+
+def schema() -> None:
+    """Print the JSON Schema of the config."""
+    typer.echo(json.dumps(RunConfig.model_json_schema(), indent=2))
+
+
+def explain(
+    key: Annotated[str, typer.Argument(help="A dotted key such as lora.rank; none lists all.")] = "",
+) -> None:
+    """Say what a config key means, its default, its range and its effect on memory."""
+    known = keys()
+    if not key:
+        for name, field in known.items():
+            typer.echo(f"{name:28} {field.description}")
+        return
+    if key not in known:
+        close = did_you_mean(key, known)
+        raise UsageError(f"there is no config key {key!r}", fix=close or "`nibble explain` lists all")
+    field = known[key]
+    section, _, name = key.rpartition(".")
+    described = RunConfig.model_json_schema()
+    owner = f"{section.capitalize()}Config"
+    values = described["$defs"][owner]["properties"][name] if section else described["properties"][name]
+    limits = {k: v for k, v in values.items() if k not in ("title", "description", "memory", "default")}
+    typer.echo(f"{key}\n  {field.description}")
+    typer.echo(f"  default: {json.dumps(field.get_default())}")
+    typer.echo(f"  takes:   {json.dumps(limits)}")
+    typer.echo(f"  memory:  {values.get('memory', 'none')}")

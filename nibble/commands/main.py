@@ -1,0 +1,61 @@
+"""The verbs, and one place where every error becomes a message and an exit code."""
+
+import os
+import sys
+from collections.abc import Sequence
+
+import typer
+
+from nibble.commands import chat, config, data, demo, doctor, evaluate, train
+from nibble.errors import NibbleError
+
+app = typer.Typer(
+    name="nibble",
+    help="Fine-tune large language models with LoRA and QLoRA on your own machine.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command("demo")(demo.demo)
+app.command("train")(train.train)
+app.command("eval")(evaluate.evaluate)
+app.command("chat")(chat.chat)
+app.command("doctor")(doctor.doctor)
+app.command("schema")(config.schema)
+app.command("explain")(config.explain)
+app.add_typer(data.app, name="data", help="Look at data before training on it.")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and exit with its code."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    is_debug = "--debug" in words
+    words = [word for word in words if word != "--debug"]
+    # Spin barriers on a busy machine turn a step of 0.1 s into seconds.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    os.environ.setdefault("GOMP_SPINCOUNT", "0")
+    sys.exit(_run(words, is_debug))
+
+
+def _run(words: Sequence[str], is_debug: bool) -> int:
+    try:
+        app(args=list(words), standalone_mode=True)
+    except NibbleError as error:
+        if is_debug:
+            raise
+        print(f"nibble: {error}", file=sys.stderr)  # noqa: T201
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else 1
+    except Exception as error:
+        if is_debug:
+            raise
+        print(  # noqa: T201
+            f"nibble: this is a bug of ours: {type(error).__name__}: {error}\n"
+            "  fix: please report it with the output of the same command and --debug",
+            file=sys.stderr,
+        )
+        return 1
+    return 0

@@ -1,0 +1,91 @@
+"""What a person sees while a run goes on: a bar, lines for evaluations, warnings."""
+
+import json
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from nibble.events import EvalEnd, Event, LoadEnd, PlanMade, RunStart, StepEnd, WarningRaised
+
+
+class TrainingBar:
+    """Shows the events of a run on stderr; plain lines where stderr is no terminal."""
+
+    def __init__(self) -> None:
+        self._console = Console(stderr=True, highlight=False)
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[numbers]}"),
+            TimeRemainingColumn(),
+            console=self._console,
+            disable=not self._console.is_terminal,
+        )
+        self._task: Any = None
+        self._steps = 0
+        self._last_line = 0.0
+
+    def __enter__(self) -> "TrainingBar":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *details: object) -> None:
+        self._bar.stop()
+
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, PlanMade):
+            for reason in event.reasons:
+                self._console.print(f"[dim]plan: {reason}[/dim]")
+        elif isinstance(event, WarningRaised):
+            self._console.print(f"[yellow]warning:[/yellow] {event.message}")
+        elif isinstance(event, LoadEnd):
+            self._console.print(_load_line(event))
+        elif isinstance(event, RunStart):
+            self._steps = event.steps
+            self._task = self._bar.add_task(
+                event.method, total=event.steps, completed=event.steps_done, numbers=""
+            )
+        elif isinstance(event, EvalEnd):
+            self._console.print(
+                f"step {event.step}: held-out loss {event.loss:.4f}, "
+                f"token accuracy {event.token_accuracy:.3f}"
+            )
+        elif isinstance(event, StepEnd):
+            self._step(event)
+
+    def _step(self, event: StepEnd) -> None:
+        numbers = f"loss {event.loss:.4f}  {event.tokens_per_s:,.0f} tokens/s"
+        self._bar.update(self._task, completed=event.step, numbers=numbers)
+        every = max(1, self._steps // 10)
+        if not self._console.is_terminal and event.step % every == 0:
+            self._console.print(f"step {event.step} of {self._steps}: {numbers}")
+
+
+def size(num_bytes: float) -> str:
+    """Bytes for people.
+
+    >>> size(1536)
+    '1.5 KiB'
+    """
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if num_bytes < 1024 or unit == "GiB":
+            return f"{num_bytes:.0f} B" if unit == "B" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1024
+    raise AssertionError
+
+
+def to_json(values: Any) -> str:
+    """One line of JSON; a document gets the version of its form."""
+    if isinstance(values, dict):
+        values = {"version": 1, **values}
+    return json.dumps(values, ensure_ascii=False)
+
+
+def _load_line(event: LoadEnd) -> str:
+    share = 100 * event.num_trainable / max(1, event.num_total)
+    return (
+        f"loaded {event.num_total:,} values in {size(event.total_bytes)}; "
+        f"training {event.num_trainable:,} of them ({share:.2f} %)"
+    )

@@ -1,0 +1,70 @@
+"""`nibble train`: a recipe or a few flags, a progress bar, a result."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from nibble.commands import progress
+
+
+def train(
+    recipe: Annotated[Path | None, typer.Argument(help="YAML file; flags override it.")] = None,
+    model: Annotated[str, typer.Option(help="Hub id or local folder.")] = "",
+    data: Annotated[list[str] | None, typer.Option(help="Training examples.")] = None,
+    eval_data: Annotated[str, typer.Option(help="Held-out examples, or a fraction.")] = "",
+    method: Annotated[str, typer.Option(help="lora, qlora, full or auto.")] = "",
+    out: Annotated[str, typer.Option(help="Folder of the run.")] = "",
+    set_: Annotated[list[str] | None, typer.Option("--set", help="section.key=value")] = None,
+    fresh: Annotated[bool, typer.Option(help="Start over; the folder must be empty.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Train, or continue the run that stands in --out."""
+    from nibble.config import load_config
+
+    flags: dict[str, Any] = {"model.name": model, "data.eval": eval_data, "method": method, "out": out}
+    overrides = [f"{key}={_quoted(value)}" for key, value in flags.items() if value]
+    if data:
+        listed = ", ".join(_quoted(name) for name in data)
+        overrides.append(f"data.train={listed if len(data) == 1 else f'[{listed}]'}")
+    run = load_config(recipe, [*overrides, *(set_ or [])])
+
+    from nibble import api
+    from nibble.train import folder
+
+    target = folder.folder_of(run)
+    if fresh:
+        _refuse_content(target)
+    if folder.is_finished(target):
+        typer.echo(f"{target} is finished already; nothing to do", err=True)
+    with progress.TrainingBar() as bar:
+        result = api.train(run, bar)
+    if as_json:
+        values = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(result).items()}
+        typer.echo(progress.to_json(values))
+        return
+    typer.echo(f"adapter        {result.adapter}")
+    typer.echo(f"training loss  {result.final_loss:.4f}")
+    if result.eval_loss is not None:
+        typer.echo(f"held-out loss  {result.eval_loss:.4f}")
+    typer.echo(f"peak memory    {progress.size(result.peak_memory_bytes)}")
+    typer.echo(f"speed          {result.tokens_per_s:,.0f} tokens/s")
+    flag = "--model" if run.method == "full" else f"--model {run.model.name} --adapter"
+    typer.echo(f"try it         nibble chat {flag} {result.adapter}", err=True)
+
+
+def _quoted(value: str) -> str:
+    """Text as YAML text, unless it is a number such as a fraction."""
+    try:
+        float(value)
+    except ValueError:
+        return progress.to_json(value)
+    return value
+
+
+def _refuse_content(folder: Path) -> None:
+    from nibble.errors import FolderInUseError
+
+    if folder.is_dir() and any(folder.iterdir()):
+        raise FolderInUseError(f"{folder} is not empty", fix="choose another --out")

@@ -1,0 +1,162 @@
+"""Put loaded weights into a model: checked, in the storage that is asked for, and frozen."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from nibble.errors import ModelError
+from nibble.kernels.nf4 import Quantized, quantize
+from nibble.model.experts import PARTS, Experts, is_experts
+from nibble.model.linear4bit import DenseLinear, Linear4bit
+from nibble.model.names import tied_names
+from nibble.model.tensors import check_finite
+
+# Linear layers that choose experts: small, and every later layer hangs on their choice.
+_ROUTERS = ("gate", "router", "shared_expert_gate")
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How weights are kept.
+
+    Args:
+        dtype: Type of all that is not in 4 bits.
+        is_trainable: Leave transformers' own layers in place, with gradients.
+        quant: Arguments of `quantize` for linear layers and experts; None keeps them in `dtype`.
+    """
+
+    dtype: torch.dtype
+    is_trainable: bool = False
+    quant: Mapping[str, Any] | None = None
+
+
+class Placer:
+    """Takes a model's weights one by one, in any order; `finish` when all were placed."""
+
+    def __init__(self, model: PreTrainedModel, storage: Storage, device: torch.device) -> None:
+        self.model, self.storage, self.device = model, storage, device
+        self._head = model.get_output_embeddings()
+        self._shapes = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+        self._expert_parts: dict[str, dict[str, Tensor | Quantized]] = {}
+
+    def needs_copy(self, name: str) -> bool:
+        """Whether the tensor given to `place` under this name becomes part of the model."""
+        return self.storage.quant is None or not (
+            self._is_linear_weight(name) or self._is_expert_part(name)
+        )
+
+    def place(self, name: str, value: Tensor) -> None:
+        """Store one parameter or buffer.
+
+        Raises:
+            ModelError: If its type or shape is wrong, or it holds NaN.
+        """
+        if tuple(value.shape) != self._shapes[name]:
+            raise ModelError(
+                f"the weight {name} has shape {tuple(value.shape)}, expected {self._shapes[name]}",
+                fix="config.json and weights must be of one model",
+            )
+        if not value.is_floating_point() or value.dtype.itemsize == 1:
+            raise ModelError(
+                f"the weight {name} is stored as {str(value.dtype).removeprefix('torch.')}, "
+                "expected a floating-point type of 16 bits or more",
+                fix="use a checkpoint that is not quantised",
+            )
+        check_finite(name, value)
+        if self.needs_copy(name):
+            self._place_dense(name, value)
+        elif self._is_expert_part(name):
+            self._place_expert_part(name, quantize(value, **self.storage.quant or {}))
+        else:
+            layer = self._owner(name)
+            weight = value.T if isinstance(layer, Conv1D) else value
+            self.place_quantized(name, quantize(weight.contiguous(), **self.storage.quant or {}))
+
+    def place_quantized(self, name: str, q: Quantized) -> None:
+        """Store the 4-bit weight of a linear layer.
+
+        Raises:
+            ModelError: If there is no such layer, or the shape is wrong.
+        """
+        layer = self._owner(name) if name in self._shapes else None
+        if not self._is_linear_weight(name):
+            raise ModelError(f"{name} is stored in 4 bits, but is no weight of a linear layer")
+        rows, columns = self._shapes[name]
+        expected = (columns, rows) if isinstance(layer, Conv1D) else (rows, columns)
+        if q.shape != expected:
+            raise ModelError(f"the 4-bit weight {name} has shape {q.shape}, expected {expected}")
+        replacement = Linear4bit(_to(q, self.device), getattr(layer, "bias", None))
+        self.model.set_submodule(name.rpartition(".")[0], replacement)
+
+    def finish(self) -> None:
+        """Tie what is tied, wrap what stays in 16 bits, freeze, and check that all is there."""
+        self.model.tie_weights()
+        if not self.storage.is_trainable:
+            self._wrap()
+        self.model.to(self.device)
+        self.model.requires_grad_(self.storage.is_trainable)
+        tensors = [*self.model.named_parameters(), *self.model.named_buffers()]
+        empty = [name for name, tensor in tensors if tensor.is_meta]
+        if empty:
+            raise ModelError(f"the checkpoint lacks {', '.join(empty[:5])}")
+
+    def _place_dense(self, name: str, value: Tensor) -> None:
+        owner, key = self._owner(name), name.rpartition(".")[2]
+        if key in owner._buffers:
+            known = owner._buffers[key]
+            dtype = value.dtype if known is None else known.dtype
+            owner._buffers[key] = value.to(self.device, dtype)
+            return
+        value = value.to(self.device, self.storage.dtype)
+        if self._is_expert_part(name) and not self.storage.is_trainable:
+            self._place_expert_part(name, value)
+        else:
+            owner._parameters[key] = nn.Parameter(value, requires_grad=False)
+
+    def _place_expert_part(self, name: str, weight: Tensor | Quantized) -> None:
+        path, _, key = name.rpartition(".")
+        parts = self._expert_parts.setdefault(path, {})
+        parts[key] = _to(weight, self.device) if isinstance(weight, Quantized) else weight
+        if len(parts) == len(PARTS):
+            experts = Experts(self.model.get_submodule(path), self._expert_parts.pop(path))
+            self.model.set_submodule(path, experts)
+
+    def _wrap(self) -> None:
+        for name, module in list(self.model.named_modules()):
+            if isinstance(module, nn.Linear | Conv1D) and module is not self._head:
+                self.model.set_submodule(name, DenseLinear(module))
+
+    def _is_linear_weight(self, name: str) -> bool:
+        path, _, key = name.rpartition(".")
+        layer = self._owner(name)
+        is_linear = isinstance(layer, nn.Linear | Conv1D) and layer is not self._head
+        return is_linear and key == "weight" and path.rpartition(".")[2] not in _ROUTERS
+
+    def _is_expert_part(self, name: str) -> bool:
+        return name.rpartition(".")[2] in PARTS and is_experts(self._owner(name))
+
+    def _owner(self, name: str) -> nn.Module:
+        return self.model.get_submodule(name.rpartition(".")[0])
+
+
+def check_ties(model: PreTrainedModel, name: str, value: Tensor) -> None:
+    """Raise ModelError if a tied parameter that is stored as well is another one."""
+    source = tied_names(model)[name]
+    if not torch.equal(model.get_parameter(source).cpu(), value.to(model.dtype)):
+        raise ModelError(
+            f"config.json ties {name} to {source}, but the checkpoint holds two different weights",
+            fix="set tie_word_embeddings to false in config.json",
+        )
+
+
+def _to(q: Quantized, device: torch.device) -> Quantized:
+    if device.type == "cpu":
+        return q
+    parts = {key: getattr(q, key) for key in ("codes", "absmax", "nested_absmax", "offset")}
+    moved = {key: None if t is None else t.to(device) for key, t in parts.items()}
+    return Quantized(**moved, shape=q.shape, type=q.type, block_size=q.block_size)

@@ -1,0 +1,88 @@
+"""A model without weights: transformers' modules on the meta device, buffers computed.
+
+    config.json -> transformers config -> modules, every parameter on meta
+
+Architectures come from transformers; nothing that a model folder names is imported or run.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from nibble.errors import ModelError, did_you_mean
+from nibble.model.attention import NAME, use_packed_attention
+from nibble.model.families import FAMILIES, family_of, supported_names
+
+# Values that belong to how a checkpoint was stored, not to the architecture.
+_STORAGE_KEYS = ("quantization_config", "torch_dtype", "dtype", "attn_implementation")
+
+
+def build_config(values: dict[str, Any]) -> PreTrainedConfig:
+    """The transformers config of the values in config.json.
+
+    Raises:
+        ModelError: If the architecture is unknown or a value does not fit it.
+    """
+    model_type = values["model_type"]
+    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or model_type not in CONFIG_MAPPING:
+        close = did_you_mean(model_type, [*FAMILIES, *MODEL_FOR_CAUSAL_LM_MAPPING_NAMES])
+        raise ModelError(
+            f"unknown architecture {model_type!r}; nibble is tested with "
+            f"{', '.join(supported_names())}",
+            fix=close or "use a text model of one of these architectures",
+        )
+    if "vision_config" in values or "audio_config" in values:
+        raise ModelError(
+            f"{model_type!r} is not a text-only model", fix="use the text model of the family"
+        )
+    kept = {key: value for key, value in values.items() if key not in _STORAGE_KEYS}
+    try:
+        config = CONFIG_MAPPING[model_type].from_dict(kept)
+    except Exception as error:  # transformers raises many kinds for a value that does not fit
+        raise ModelError(
+            f"config.json does not fit {model_type!r}: {error}", fix="download config.json again"
+        ) from None
+    family_of(config)
+    return config
+
+
+def build_skeleton(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The modules of a causal language model with packed attention and no weights.
+
+    Raises:
+        ModelError: If transformers cannot build it.
+    """
+    # Falcon chooses its attention from a fixed table and is patched afterwards.
+    attention = "sdpa" if config.model_type == "falcon" else NAME
+    try:
+        with parameters_on_meta():
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation=attention
+            )
+    except Exception as error:  # as above: shapes that do not divide, missing keys, wrong types
+        raise ModelError(f"{config.model_type!r} cannot be built: {error}") from None
+    use_packed_attention(model)
+    return model
+
+
+@contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """Modules made in this context get their parameters on the meta device, buffers stay real."""
+    register = nn.Module.register_parameter
+
+    def register_on_meta(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        register(module, name, param)
+        if param is not None:
+            module._parameters[name] = nn.Parameter(param.to("meta"), requires_grad=False)
+
+    nn.Module.register_parameter = register_on_meta
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register

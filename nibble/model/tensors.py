@@ -1,0 +1,139 @@
+"""Read single tensors out of safetensors files, without mapping the files into memory.
+
+    file     8 bytes: length of the header | header in JSON | values
+    header   {"name": {"dtype": "BF16", "shape": [2, 3], "data_offsets": [0, 12]}, ...}
+
+A mapped file would count towards the memory of the process, and a model that keeps views of it
+would break when the file changes.
+
+Source:
+    https://github.com/huggingface/safetensors, section "Format" of the README.
+"""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nibble.errors import DiskError, ModelError
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+# Limit of the format; a longer header is a broken file.
+_LONGEST_HEADER_BYTES = 100_000_000
+_FIX = "download the file again"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a file holds a tensor; `start` counts bytes from the beginning of the file."""
+
+    path: Path
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+
+    @property
+    def num_bytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+
+def read_entries(path: Path) -> dict[str, Entry]:
+    """Every tensor of a safetensors file by name; the values are not read.
+
+    Raises:
+        ModelError: If the file is cut off or is not a safetensors file.
+        DiskError: If it cannot be read.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(size - 8, _LONGEST_HEADER_BYTES):
+                raise ModelError(f"{path} is cut off or is no safetensors file", fix=_FIX)
+            header = json.loads(file.read(length))
+    except OSError as error:
+        raise DiskError(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise ModelError(f"{path} has a broken header: {error}", fix=_FIX) from None
+    if not isinstance(header, dict):
+        raise ModelError(f"{path} has a broken header: expected an object", fix=_FIX)
+    header.pop("__metadata__", None)
+    entries = {name: _entry(path, name, value, 8 + length) for name, value in header.items()}
+    end = max((entry.start + entry.num_bytes for entry in entries.values()), default=size)
+    if end > size:
+        raise ModelError(f"{path} is cut off: it has {size} bytes, expected {end}", fix=_FIX)
+    return entries
+
+
+class TensorReader:
+    """Reads tensors into memory of their own, or all into one buffer in turn."""
+
+    def __init__(self, entries: Iterable[Entry]) -> None:
+        largest = max((entry.num_bytes for entry in entries), default=0)
+        # One buffer for all: large blocks that come and go would leave holes in the heap.
+        self._buffer = torch.empty(largest, dtype=torch.uint8)
+
+    def read(self, entry: Entry) -> Tensor:
+        """The tensor in memory of its own."""
+        return _fill(torch.empty(entry.num_bytes, dtype=torch.uint8), entry)
+
+    def borrow(self, entry: Entry) -> Tensor:
+        """The tensor in the buffer, valid until the next call."""
+        return _fill(self._buffer[: entry.num_bytes], entry)
+
+
+def check_finite(name: str, tensor: Tensor) -> None:
+    """Raise ModelError if a floating-point tensor holds NaN or an infinite value."""
+    if not tensor.is_floating_point() or tensor.numel() == 0:
+        return
+    # The extremes carry NaN along, and unlike isfinite() need no memory.
+    if not all(torch.isfinite(extreme) for extreme in torch.aminmax(tensor)):
+        raise ModelError(
+            f"the weight {name} holds NaN or infinite values",
+            fix="download the checkpoint again, or repair the weight",
+        )
+
+
+def _entry(path: Path, name: str, value: Any, base: int) -> Entry:
+    try:
+        dtype, (start, stop) = _DTYPES[value["dtype"]], value["data_offsets"]
+        entry = Entry(path, name, dtype, tuple(map(int, value["shape"])), base + int(start))
+    except (KeyError, TypeError, ValueError):
+        raise ModelError(f"{path}: the header's entry for {name!r} is broken", fix=_FIX) from None
+    if start < 0 or stop - start != entry.num_bytes or min(entry.shape, default=0) < 0:
+        raise ModelError(f"{path}: size and shape of {name!r} do not agree", fix=_FIX)
+    return entry
+
+
+def _fill(buffer: Tensor, entry: Entry) -> Tensor:
+    view, done = memoryview(buffer.numpy()), 0
+    try:
+        with entry.path.open("rb", buffering=0) as file:
+            file.seek(entry.start)
+            while done < entry.num_bytes:
+                count = file.readinto(view[done:])
+                if not count:
+                    raise ModelError(f"{entry.path} is cut off in {entry.name!r}", fix=_FIX)
+                done += count
+    except OSError as error:
+        raise DiskError(f"{entry.path} cannot be read: {error.strerror}") from None
+    return buffer.view(entry.dtype).view(entry.shape)

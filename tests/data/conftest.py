@@ -1,0 +1,58 @@
+"""Fixtures of the data room: a byte-level tokenizer and conversations."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from nibble.data.turns import Conversation, Message
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """The module tests/golden/make_masks.py."""
+    spec = importlib.util.spec_from_file_location("make_masks", GOLDEN / "make_masks.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def _byte_tokenizer(golden):
+    return golden.byte_tokenizer()
+
+
+@pytest.fixture
+def byte_tokenizer(_byte_tokenizer, golden):
+    """A byte-level tokenizer with the ChatML template; tests may set another."""
+    _byte_tokenizer.chat_template = golden.CHATML
+    return _byte_tokenizer
+
+
+@pytest.fixture(scope="session")
+def talk():
+    """talk("user: Hi", "assistant: Yes") is a Conversation."""
+
+    def build(*turns, trained=(), **more):
+        messages = []
+        for number, turn in enumerate(turns):
+            role, _, text = turn.partition(": ")
+            is_trained = dict(trained).get(number)
+            messages.append(Message(role, text, is_trained))
+        return Conversation(tuple(messages), "talk.jsonl", 7, **more)
+
+    return build
+
+
+@pytest.fixture
+def write(tmp_path):
+    """write("a.jsonl", text or bytes) gives the path."""
+
+    def build(name, content):
+        path = tmp_path / name
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+        return path
+
+    return build
