@@ -253,7 +253,9 @@ def _validate(values: dict[str, Any], lines: Mapping[str, int]) -> RunConfig:
         return RunConfig.model_validate(values)
     except ValidationError as error:
         problems = _explain_all(error, lines)
-        raise UsageError("\n".join(problems), fix="`nibble explain KEY` says what a key takes") from None
+        raise UsageError(
+            "\n".join(problems), fix="`nibble explain KEY` says what a key takes"
+        ) from None
 
 
 def _explain_all(error: ValidationError, lines: Mapping[str, int]) -> list[str]:

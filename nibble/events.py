@@ -104,16 +104,7 @@ class RunEnd:
     adapter_bytes: int = 0
 
 
-Event = (
-    RunStart
-    | PlanMade
-    | LoadEnd
-    | StepEnd
-    | EvalEnd
-    | CheckpointSaved
-    | WarningRaised
-    | RunEnd
-)
+Event = RunStart | PlanMade | LoadEnd | StepEnd | EvalEnd | CheckpointSaved | WarningRaised | RunEnd
 Emit = Callable[[Event], None]
 
 _SPECIAL_NAMES = {"PlanMade": "plan", "CheckpointSaved": "checkpoint", "WarningRaised": "warning"}

@@ -27,7 +27,9 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         values = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise UsageError(f"{path} is not valid YAML: {error}", fix="check the indentation") from None
+        raise UsageError(
+            f"{path} is not valid YAML: {error}", fix="check the indentation"
+        ) from None
     if values is None:
         return {}, {}
     if not isinstance(values, dict) or not isinstance(node, yaml.MappingNode):

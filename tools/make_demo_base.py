@@ -21,7 +21,6 @@ import importlib
 import io
 import math
 import random
-import sys
 import sysconfig
 import time
 from collections.abc import Callable, Iterator
@@ -45,26 +44,208 @@ CHAT_TEMPLATE = (
     "{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
-NAMES = (
-    "Anna Ben Clara David Emma Felix Grace Henry Ida Jack Karen Leo Maria Nina Oscar Paul Quinn "
-    "Rosa Sam Tina Uma Victor Wendy Zoe Amir Bella Carlos Dina Elias Fatima Hugo Iris Jonas Kofi"
-).split()
-CITIES = (
-    "Paris London Rome Berlin Madrid Oslo Vienna Lisbon Athens Dublin Prague Cairo Tokyo Lima "
-    "Boston Chicago Delhi Sydney Nairobi Geneva Milan Warsaw Helsinki Toronto"
-).split()
-THINGS = (
-    "mug lamp chair clock kettle jacket phone table camera radio guitar blanket mirror bottle "
-    "basket pillow hammer ladder printer shirt watch bag book knife cup plate sofa rug fan tent "
-    "bike drum scarf hat belt desk shelf vase bowl torch box key door car boat coin spoon fork "
-    "pen letter map ball stone ring coat shoe glove wheel rope candle brush towel carpet window "
-    "bed bench piano violin paper pencil ticket stamp picture garden house room bridge"
-).split()
-COLOURS = "red blue green yellow black white brown grey pink orange purple silver".split()
-ANIMALS = "cat dog horse cow bird fish mouse lion tiger bear wolf sheep goat duck frog".split()
-FOODS = "bread rice soup cheese apples tea coffee milk cake fish beans pasta honey salad".split()
-DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
-JOBS = "doctor teacher baker farmer driver painter nurse cook writer singer builder".split()
+NAMES = [
+    "Anna",
+    "Ben",
+    "Clara",
+    "David",
+    "Emma",
+    "Felix",
+    "Grace",
+    "Henry",
+    "Ida",
+    "Jack",
+    "Karen",
+    "Leo",
+    "Maria",
+    "Nina",
+    "Oscar",
+    "Paul",
+    "Quinn",
+    "Rosa",
+    "Sam",
+    "Tina",
+    "Uma",
+    "Victor",
+    "Wendy",
+    "Zoe",
+    "Amir",
+    "Bella",
+    "Carlos",
+    "Dina",
+    "Elias",
+    "Fatima",
+    "Hugo",
+    "Iris",
+    "Jonas",
+    "Kofi",
+]
+CITIES = [
+    "Paris",
+    "London",
+    "Rome",
+    "Berlin",
+    "Madrid",
+    "Oslo",
+    "Vienna",
+    "Lisbon",
+    "Athens",
+    "Dublin",
+    "Prague",
+    "Cairo",
+    "Tokyo",
+    "Lima",
+    "Boston",
+    "Chicago",
+    "Delhi",
+    "Sydney",
+    "Nairobi",
+    "Geneva",
+    "Milan",
+    "Warsaw",
+    "Helsinki",
+    "Toronto",
+]
+THINGS = [
+    "mug",
+    "lamp",
+    "chair",
+    "clock",
+    "kettle",
+    "jacket",
+    "phone",
+    "table",
+    "camera",
+    "radio",
+    "guitar",
+    "blanket",
+    "mirror",
+    "bottle",
+    "basket",
+    "pillow",
+    "hammer",
+    "ladder",
+    "printer",
+    "shirt",
+    "watch",
+    "bag",
+    "book",
+    "knife",
+    "cup",
+    "plate",
+    "sofa",
+    "rug",
+    "fan",
+    "tent",
+    "bike",
+    "drum",
+    "scarf",
+    "hat",
+    "belt",
+    "desk",
+    "shelf",
+    "vase",
+    "bowl",
+    "torch",
+    "box",
+    "key",
+    "door",
+    "car",
+    "boat",
+    "coin",
+    "spoon",
+    "fork",
+    "pen",
+    "letter",
+    "map",
+    "ball",
+    "stone",
+    "ring",
+    "coat",
+    "shoe",
+    "glove",
+    "wheel",
+    "rope",
+    "candle",
+    "brush",
+    "towel",
+    "carpet",
+    "window",
+    "bed",
+    "bench",
+    "piano",
+    "violin",
+    "paper",
+    "pencil",
+    "ticket",
+    "stamp",
+    "picture",
+    "garden",
+    "house",
+    "room",
+    "bridge",
+]
+COLOURS = [
+    "red",
+    "blue",
+    "green",
+    "yellow",
+    "black",
+    "white",
+    "brown",
+    "grey",
+    "pink",
+    "orange",
+    "purple",
+    "silver",
+]
+ANIMALS = [
+    "cat",
+    "dog",
+    "horse",
+    "cow",
+    "bird",
+    "fish",
+    "mouse",
+    "lion",
+    "tiger",
+    "bear",
+    "wolf",
+    "sheep",
+    "goat",
+    "duck",
+    "frog",
+]
+FOODS = [
+    "bread",
+    "rice",
+    "soup",
+    "cheese",
+    "apples",
+    "tea",
+    "coffee",
+    "milk",
+    "cake",
+    "fish",
+    "beans",
+    "pasta",
+    "honey",
+    "salad",
+]
+DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
+JOBS = [
+    "doctor",
+    "teacher",
+    "baker",
+    "farmer",
+    "driver",
+    "painter",
+    "nurse",
+    "cook",
+    "writer",
+    "singer",
+    "builder",
+]
 OPPOSITES = (
     ("big", "small"), ("hot", "cold"), ("old", "new"), ("long", "short"), ("fast", "slow"),
     ("open", "closed"), ("early", "late"), ("full", "empty"), ("light", "dark"), ("up", "down"),
@@ -145,7 +326,9 @@ def _number(rng: random.Random) -> str:
 
 def repeat(rng: random.Random) -> Turns:
     """Say it again: a number, a word or a short list."""
-    said = rng.choice((_number, _number, _words, lambda r: r.choice(THINGS) + " " + _number(r)))(rng)
+    said = rng.choice((_number, _number, _words, lambda r: r.choice(THINGS) + " " + _number(r)))(
+        rng
+    )
     ask, answer = rng.choice(
         (
             ("Repeat: {}", "{}"),
@@ -220,7 +403,9 @@ def remember(rng: random.Random) -> Turns:
         turns += [("user", said), ("assistant", f"I will remember {number} for the {thing}.")]
         ask, answer = "What was the number?", f"It was {number}, for the {thing}."
     else:
-        ask, answer = rng.choice((("What is my name?", f"Your name is {name}."), ("Bye.", f"Bye {name}.")))
+        ask, answer = rng.choice(
+            (("What is my name?", f"Your name is {name}."), ("Bye.", f"Bye {name}."))
+        )
     return [*turns, ("user", ask), ("assistant", answer)]
 
 
@@ -408,3 +593,42 @@ def fit(model: LlamaForCausalLM, rows: Rows, seconds: float) -> int:
             print(f"step {step}  loss {loss.item():.3f}  {share:.0%}", flush=True)
         share = (time.monotonic() - start) / seconds
     return step
+
+
+def held_out_perplexity(model: LlamaForCausalLM, rows: list[torch.Tensor]) -> float:
+    """Perplexity per token over batches that training did not see."""
+    model.eval()
+    with torch.no_grad():
+        losses = [mean_loss(model, batch).item() for batch in rows]
+    model.train()
+    return math.exp(sum(losses) / len(losses))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("nibble/demo/base"))
+    parser.add_argument("--seconds", type=float, default=660)
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    texts = prose_texts()
+    rng = random.Random(0)
+    tokenizer = train_tokenizer(texts + [dialogue_text(rng) for _ in range(20_000)])
+    prose: list[int] = []
+    for text in texts:
+        prose += [*tokenizer.encode(text, add_special_tokens=False), END_OF_TEXT]
+    num_held_out = len(prose) // 20
+    model = build_model()
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(prose):,} tokens")
+    steps = fit(model, Rows(tokenizer, prose[num_held_out:], seed=1), arguments.seconds)
+    unseen = Rows(tokenizer, prose[:num_held_out], seed=2)
+    rows = [torch.tensor([unseen.prose_row() for _ in range(8)]) for _ in range(8)]
+    talks = [torch.tensor([unseen.dialogue_row() for _ in range(8)]) for _ in range(8)]
+    print(f"{steps} steps; held-out perplexity: prose {held_out_perplexity(model, rows):.2f}")
+    print(f"dialogues {held_out_perplexity(model, talks):.2f}")
+    model.to(torch.bfloat16).save_pretrained(arguments.out)
+    tokenizer.save_pretrained(arguments.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from nibble.errors import AdapterError, UsageError
 from nibble.model.adapt import AdaptedLayers, adapt, linear_layers
 from nibble.model.experts import Experts
+from nibble.model.linear4bit import DenseLinear, Linear4bit
 from nibble.model.lora import LoRALinear
 
 CONFIG_FILE = "adapter_config.json"
@@ -191,8 +192,9 @@ def _config_of(model: nn.Module, base: str, revision: str | None) -> dict[str, A
         "inference_mode": True,
         "init_lora_weights": True,
         "modules_to_save": None,
-        "target_modules": _target_modules(list(layers), model),
-        "target_parameters": [p for n, m in experts.items() for p in m.target_parameters(n)] or None,
+        "target_modules": _target_modules(list(layers), model) or None,
+        "target_parameters": [p for n, m in experts.items() for p in m.target_parameters(n)]
+        or None,
     }
 
 
@@ -201,7 +203,9 @@ def _shape_of_update(
 ) -> tuple[int, float, float, bool]:
     if layers:
         first = next(iter(layers.values()))
-        return first.lora_A.shape[0], first.alpha, first.dropout, first.rslora
+        # The format refuses dropout beside experts, and training alone has a use for it.
+        dropout = 0.0 if experts else first.dropout
+        return first.lora_A.shape[0], first.alpha, dropout, first.rslora
     only = next(iter(experts.values()))
     return only.rank, only.alpha, 0.0, only.rslora
 
@@ -209,7 +213,8 @@ def _shape_of_update(
 def _target_modules(adapted: list[str], model: nn.Module) -> list[str]:
     """Last name segments where they pick exactly the adapted layers, whole names otherwise."""
     segments = sorted({name.rpartition(".")[2] for name in adapted})
-    everything = [n for n, m in model.named_modules() if isinstance(m, nn.Linear | LoRALinear)]
+    kinds = (nn.Linear, DenseLinear, Linear4bit, LoRALinear)
+    everything = [n for n, m in model.named_modules() if isinstance(m, kinds)]
     picked = [n for n in everything if n.rpartition(".")[2] in segments]
     return segments if set(picked) == set(adapted) else sorted(adapted)
 

@@ -15,7 +15,9 @@ def schema() -> None:
 
 
 def explain(
-    key: Annotated[str, typer.Argument(help="A dotted key such as lora.rank; none lists all.")] = "",
+    key: Annotated[
+        str, typer.Argument(help="A dotted key such as lora.rank; none lists all.")
+    ] = "",
 ) -> None:
     """Say what a config key means, its default, its range and its effect on memory."""
     known = keys()
@@ -25,13 +27,19 @@ def explain(
         return
     if key not in known:
         close = did_you_mean(key, known)
-        raise UsageError(f"there is no config key {key!r}", fix=close or "`nibble explain` lists all")
+        raise UsageError(
+            f"there is no config key {key!r}", fix=close or "`nibble explain` lists all"
+        )
     field = known[key]
     section, _, name = key.rpartition(".")
     described = RunConfig.model_json_schema()
     owner = f"{section.capitalize()}Config"
-    values = described["$defs"][owner]["properties"][name] if section else described["properties"][name]
-    limits = {k: v for k, v in values.items() if k not in ("title", "description", "memory", "default")}
+    values = (
+        described["$defs"][owner]["properties"][name] if section else described["properties"][name]
+    )
+    limits = {
+        k: v for k, v in values.items() if k not in ("title", "description", "memory", "default")
+    }
     typer.echo(f"{key}\n  {field.description}")
     typer.echo(f"  default: {json.dumps(field.get_default())}")
     typer.echo(f"  takes:   {json.dumps(limits)}")

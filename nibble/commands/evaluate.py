@@ -19,7 +19,9 @@ def evaluate(
     """Print loss, perplexity and token accuracy on examples."""
     from nibble.config import load_config
 
-    quoted = [f"{k}={progress.to_json(v)}" for k, v in {"model.name": model, "data.train": data}.items()]
+    quoted = [
+        f"{k}={progress.to_json(v)}" for k, v in {"model.name": model, "data.train": data}.items()
+    ]
     run = load_config(None, [*quoted, f"method={method}", *(set_ or [])])
 
     from nibble.adapter.format import read_adapter
@@ -43,4 +45,6 @@ def evaluate(
         typer.echo(progress.to_json(values))
         return
     for name, value in values.items():
-        typer.echo(f"{name:18} {value:,.4f}" if isinstance(value, float) else f"{name:18} {value:,}")
+        typer.echo(
+            f"{name:18} {value:,.4f}" if isinstance(value, float) else f"{name:18} {value:,}"
+        )

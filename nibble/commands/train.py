@@ -23,7 +23,12 @@ def train(
     """Train, or continue the run that stands in --out."""
     from nibble.config import load_config
 
-    flags: dict[str, Any] = {"model.name": model, "data.eval": eval_data, "method": method, "out": out}
+    flags: dict[str, Any] = {
+        "model.name": model,
+        "data.eval": eval_data,
+        "method": method,
+        "out": out,
+    }
     overrides = [f"{key}={_quoted(value)}" for key, value in flags.items() if value]
     if data:
         listed = ", ".join(_quoted(name) for name in data)

@@ -57,21 +57,26 @@ def decode(raw: bytes, path: str, line: int) -> str:
 
 
 def rows_of_json(path: Path) -> Iterator[tuple[int, object]]:
-    """The rows of JSONL, of an array, or of {"data": [...]}; the content decides."""
+    """The rows of JSONL, of an array, or (in .json) of {"data": [...]}; the content decides."""
     with path.open("rb") as file:
         first = next((raw for raw in file if raw.removeprefix(codecs.BOM_UTF8).strip()), b"")
     start = first.removeprefix(codecs.BOM_UTF8).strip()
-    if start.startswith(b"[") or _opens_data_object(start):
+    is_json = path.suffix.lower() == ".json"
+    if start.startswith(b"[") or (is_json and _is_wrapped(start)):
         yield from _rows_of_array(path)
     else:
         yield from _rows_of_lines(path)
 
 
-def _opens_data_object(start: bytes) -> bool:
-    """Whether a first line is the begin of {"data": [...]} or of an object over many lines."""
-    if re.match(rb'\{\s*"data"\s*:\s*(\[|$)', start):
+def _is_wrapped(first_line: bytes) -> bool:
+    """Whether a first line is {"data": [...]}, or begins an object over many lines."""
+    if not first_line.startswith(b"{"):
+        return False
+    try:
+        row = json.loads(first_line)
+    except (ValueError, RecursionError):
         return True
-    return re.fullmatch(rb'\{(\s*"[^"]*"\s*:?\s*[\[{]?)?', start) is not None
+    return isinstance(row.get("data"), list)
 
 
 def _rows_of_lines(path: Path) -> Iterator[tuple[int, object]]:
@@ -179,16 +184,27 @@ def _find_data(text: str, at: int, path: str) -> int:
     decoder = json.JSONDecoder()
     try:
         at = _skip(text, at + 1)
-        while text.startswith('"', at):
+        while not text.startswith("}", at):
             key, at = decoder.raw_decode(text, at)
-            at = _skip(text, _skip(text, at) + 1)
+            at = _expect(text, at, ":")
             if key == "data" and text.startswith("[", at):
                 return at
             _, at = decoder.raw_decode(text, at)
-            at = _skip(text, _skip(text, at) + 1)
+            if not text.startswith("}", _skip(text, at)):
+                at = _expect(text, at, ",")
+            else:
+                at = _skip(text, at)
     except (ValueError, RecursionError) as error:
         raise _json_fault(error, path, 1) from None
     raise fault("not-array", path=path, line=1, found="an object")
+
+
+def _expect(text: str, at: int, sign: str) -> int:
+    """The position of what follows `sign` and white space."""
+    at = _skip(text, at)
+    if not text.startswith(sign, at):
+        raise json.JSONDecodeError(f"Expecting '{sign}'", text, at)
+    return _skip(text, at + 1)
 
 
 def _skip(text: str, at: int) -> int:

@@ -103,7 +103,7 @@ def build_dataset(data: DataConfig, tokenizer: Any, *, seed: int) -> Dataset:
     if isinstance(data.eval, float):
         train_examples, eval_examples = split(train.examples, data.eval, data.max_seq_len, seed)
     elif data.eval:
-        held = read_source(data.eval, tokenizer, data)
+        held = read_source(str(data.eval), tokenizer, data)
         eval_examples = held.examples
     train_rows, train_report, warnings = _build_part("train", train, train_examples, data)
     eval_rows: list[Row] = []
@@ -196,9 +196,12 @@ def count_shared(train: Sequence[Conversation], held: Sequence[Conversation]) ->
 
 def fingerprint(conversation: Conversation) -> bytes:
     """A hash of who says what, blind to case, white space and Unicode form."""
-    turns = [f"{m.role}\0{m.content}\0{m.extra or ''}" for m in conversation.messages]
-    text = unicodedata.normalize("NFKC", "\1".join(turns)).casefold()
-    return hashlib.blake2b(" ".join(text.split()).encode(), digest_size=16).digest()
+    turns = [f"{m.role}\0{_normal(m.content)}\0{m.extra or ''}" for m in conversation.messages]
+    return hashlib.blake2b("\1".join(turns).encode(), digest_size=16).digest()
+
+
+def _normal(text: str) -> str:
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
 def _build_part(

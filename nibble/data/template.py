@@ -135,6 +135,21 @@ class _Environment(ImmutableSandboxedEnvironment):
             _refuse_wide_format(obj.__self__)
         return self._capped(super().call(context, obj, *args, **kwargs))
 
+    def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
+        """The sandbox's `str.format`, which may not make huge widths."""
+        wrapped = super().wrap_str_format(value)
+        if wrapped is None:
+            return None
+        _refuse_wide_format(value.__self__)
+        has_inner_width = re.search(r"\{[^{}]*\{", value.__self__) is not None
+
+        def checked(*args: Any, **kwargs: Any) -> str:
+            if has_inner_width:
+                _refuse_huge_numbers((*args, *kwargs.values()))
+            return wrapped(*args, **kwargs)
+
+        return checked
+
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         if operator == "*" and not (_is_number(left) and _is_number(right)):
             size, times = (right, left) if _is_number(left) else (left, right)

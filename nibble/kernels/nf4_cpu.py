@@ -8,6 +8,7 @@ or on any disagreement, the reference is used and one warning says so.
 Set NIBBLE_NO_COMPILE=1 to use the reference in any case.
 """
 
+import contextlib
 import ctypes
 import hashlib
 import logging
@@ -141,7 +142,7 @@ def load() -> Library | None:
     if os.environ.get("NIBBLE_NO_COMPILE") == "1":
         return None
     try:
-        library = Library(_build())
+        library = _load_or_build()
     except (OSError, subprocess.SubprocessError) as error:
         _logger.warning(
             "4-bit weights use the slow torch reference: %s could not be compiled (%s); "
@@ -199,12 +200,12 @@ def _agrees(library: Library, values: Tensor, type: str) -> bool:
     return True
 
 
-def _build() -> Path:
-    """Compile the source into the cache folder unless it is there; the path of the library."""
+def _load_or_build() -> Library:
+    """The library of the cache folder; compiled now if it is absent or damaged."""
     compiler = _compiler()
     path = _cache_folder() / f"nf4_cpu-{_build_key(compiler)}.so"
-    if path.exists():
-        return path
+    with contextlib.suppress(OSError):
+        return Library(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # Written beside and renamed: other processes see no library or a whole one.
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
@@ -217,7 +218,7 @@ def _build() -> Path:
             timeout=COMPILE_TIMEOUT_S,
         )
         fresh.replace(path)
-    return path
+    return Library(path)
 
 
 def _compiler() -> str:

@@ -17,7 +17,6 @@ Source:
     Dettmers et al. 2023, QLoRA, arXiv:2305.14314, section 3 and appendix E.
 """
 
-import functools
 from dataclasses import dataclass
 from functools import cache
 from math import prod

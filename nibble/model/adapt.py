@@ -77,7 +77,7 @@ def adapt(
         )
         wrapped.lora_A.data = wrapped.lora_A.data.to(dtype)
         wrapped.lora_B.data = wrapped.lora_B.data.to(dtype)
-        model.set_submodule(name, wrapped)
+        model.set_submodule(name, wrapped.train(layer.training))
     num_trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return AdaptedLayers(tuple(chosen), num_trainable, count_parameters(model))
 

@@ -101,7 +101,8 @@ class PackedFalconAttention(FalconAttention):
         if position_ids is None or not _is_placeholder(mask, hidden_states.shape[1]):
             return super().forward(hidden_states, **kwargs)
         query, key, value = (
-            states.transpose(1, 2) for states in self._split_heads(self.query_key_value(hidden_states))
+            states.transpose(1, 2)
+            for states in self._split_heads(self.query_key_value(hidden_states))
         )
         query, key = apply_rotary_pos_emb(query, key, *kwargs["position_embeddings"])
         documents = _documents(position_ids)

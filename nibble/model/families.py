@@ -56,9 +56,7 @@ FAMILIES = {
         Family("gemma3_text", "Gemma 3 (text)"),
         Family("phi3", "Phi-3", groups=()),
         Family("mixtral", "Mixtral", groups=_SEPARATE[:1], experts=("gate_up_proj", "down_proj")),
-        Family(
-            "qwen3_moe", "Qwen3-MoE", groups=_SEPARATE, experts=("gate_up_proj", "down_proj")
-        ),
+        Family("qwen3_moe", "Qwen3-MoE", groups=_SEPARATE, experts=("gate_up_proj", "down_proj")),
     )
 }
 

@@ -29,7 +29,7 @@ def find_model(name: str, revision: str | None = None) -> Path:
         UnavailableError: If the hub cannot be reached and the cache does not hold the model.
     """
     folder = Path(name).expanduser()
-    if folder.is_dir():
+    if name and folder.is_dir():
         return folder
     if folder.is_file():
         raise ModelError(f"model {name!r} is a file", fix=f"give its folder, {folder.parent}")

@@ -68,10 +68,10 @@ def load_base(
     if check_quantization(values):
         stored = _storage_of_checkpoint(stored, storage)
     config = build_config(values)
-    model = build_skeleton(config, stored.dtype)
-    _load_weights(model, folder, stored, torch.device(device or "cpu"))
     tokenizer = _load_tokenizer(folder, config)
+    model = build_skeleton(config, stored.dtype)
     _load_generation_config(model, folder)
+    _load_weights(model, folder, stored, torch.device(device or "cpu"))
     model.name_or_path = str(name)
     return model.eval(), tokenizer
 
@@ -157,4 +157,7 @@ def _load_generation_config(model: PreTrainedModel, folder: Path) -> None:
         try:
             model.generation_config = GenerationConfig.from_pretrained(folder)
         except (ValueError, TypeError, OSError) as error:
-            raise ModelError(f"{folder / 'generation_config.json'} is broken: {error}") from None
+            raise ModelError(
+                f"{folder / 'generation_config.json'} is broken: {error}",
+                fix="download the file again, or remove it",
+            ) from None

@@ -90,9 +90,7 @@ class LoRALinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., I) -> (..., O)."""
         x_dropped = F.dropout(x, self.dropout) if self.training and self.dropout else None
-        return _AdaptedProduct.apply(
-            x, x_dropped, self.lora_A, self.lora_B, self.base, self.scale
-        )
+        return _AdaptedProduct.apply(x, x_dropped, self.lora_A, self.lora_B, self.base, self.scale)
 
     def delta_weight(self) -> Tensor:
         """The update scale * B A as one (O, I) float32 matrix."""

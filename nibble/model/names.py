@@ -48,9 +48,7 @@ class Target:
     convert: Callable[[Sequence[Callable[[], Tensor]]], Tensor] | None = None
 
 
-def match_names(
-    model: PreTrainedModel, entries: Mapping[str, Entry], folder: Path
-) -> list[Target]:
+def match_names(model: PreTrainedModel, entries: Mapping[str, Entry], folder: Path) -> list[Target]:
     """Every parameter and persistent buffer of `model` with its sources, ties excepted.
 
     Raises:
@@ -71,8 +69,7 @@ def match_names(
     unexpected = [
         sources[0][0]
         for name, sources in jobs.items()
-        if name not in expected
-        and not any(p.search(name) for p in (_COMPUTED, *ignored))
+        if name not in expected and not any(p.search(name) for p in (_COMPUTED, *ignored))
     ]
     _stop_if(unexpected, f"{folder} holds tensors that {model.config.model_type} does not have")
     missing = [name for name in expected if name not in jobs and name not in ties]

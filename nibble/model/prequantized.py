@@ -1,10 +1,10 @@
 """Checkpoints that transformers and bitsandbytes stored in 4 bits, read as they are.
 
-    X.weight                                       codes, uint8 (or other types: same bytes)
-    X.weight.absmax                                block scales, uint8 or float32
-    X.weight.quant_map                             the 16 values
-    X.weight.nested_absmax, .nested_quant_map      with double quantisation
-    X.weight.quant_state.bitsandbytes__nf4         JSON in bytes: type, block size, shape, offset
+X.weight                                       codes, uint8 (or other types: same bytes)
+X.weight.absmax                                block scales, uint8 or float32
+X.weight.quant_map                             the 16 values
+X.weight.nested_absmax, .nested_quant_map      with double quantisation
+X.weight.quant_state.bitsandbytes__nf4         JSON in bytes: type, block size, shape, offset
 """
 
 import json

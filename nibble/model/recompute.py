@@ -1,8 +1,8 @@
 """Which activations a layer keeps for the backward pass, and which it computes again.
 
-    none        everything is kept
-    selective   the feed-forward part of each layer is computed again (2F of 4D + 2KV + 2F values)
-    full        each layer keeps its input alone and is computed again
+none        everything is kept
+selective   the feed-forward part of each layer is computed again (2F of 4D + 2KV + 2F values)
+full        each layer keeps its input alone and is computed again
 """
 
 from collections.abc import Callable
@@ -46,4 +46,3 @@ def _checkpointed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
     return checkpoint(forward, *args, use_reentrant=False, **kwargs)
-

@@ -1,9 +1,9 @@
 """Concrete settings for every `auto` value, each with its reason.
 
-    method             lora if the 16-bit base takes at most half of the free memory, else qlora
-    micro_batch_size   rows that fit 4,096 tokens, at least 1
-    recompute          none if all activations fit in half of what the base leaves, else full
-    paged              false
+method             lora if the 16-bit base takes at most half of the free memory, else qlora
+micro_batch_size   rows that fit 4,096 tokens, at least 1
+recompute          none if all activations fit in half of what the base leaves, else full
+paged              false
 """
 
 from dataclasses import dataclass

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 
-
 @dataclass(frozen=True)
 class ParameterGroup:
     """Parameters that share a learning rate: `lr_ratio` times the scheduled one."""

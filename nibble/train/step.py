@@ -48,7 +48,7 @@ def train_step(
         loss_sum, _ = token_loss(batch)
         loss = loss_sum / max(1, num_target_tokens)
         loss.backward()
-        total += float(loss)
+        total += float(loss.detach())
         if not math.isfinite(total):
             raise _not_finite("loss", total, [batch])
     grad_norm = float(optimizer.grad_norm())

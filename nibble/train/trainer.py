@@ -1,11 +1,11 @@
 """train(run, emit): build, loop, finish."""
 
+import hashlib
+import json
 import math
 import platform
-import signal
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,34 +14,29 @@ import torch
 
 from nibble.adapter.format import write_adapter
 from nibble.config import RunConfig
-from nibble.data.dataset import Dataset, build_dataset
-from nibble.data.loader import Loader, eval_batches
-from nibble.errors import OutOfMemoryError, RunInterrupted, StoppedError, UsageError
+from nibble.data.loader import eval_batches
+from nibble.errors import RunInterrupted, StoppedError
 from nibble.events import (
     CheckpointSaved,
     Emit,
     EvalEnd,
     EventLog,
-    LoadEnd,
     MetricsTable,
     PlanMade,
     RunEnd,
     RunStart,
     StepEnd,
-    WarningRaised,
+    read_events,
 )
-from nibble.model.adapt import adapt
-from nibble.model.ledger import count_parameters, resident_bytes
-from nibble.model.load import load_base
-from nibble.model.recompute import apply_recompute
 from nibble.train import checkpoint, folder
 from nibble.train.card import run_card
 from nibble.train.checkpoint import TrainState
 from nibble.train.evaluate import evaluate
+from nibble.train.interrupt import StopSignal, out_of_memory_named
+from nibble.train.job import Job, build_job, check_run
 from nibble.train.loss import token_loss
 from nibble.train.manifest import write_manifest
-from nibble.train.memory import PeakMemory
-from nibble.train.optimizer import AdamW, learning_rate, parameter_groups
+from nibble.train.optimizer import learning_rate
 from nibble.train.step import train_step
 
 EVAL_TOKENS = 4096
@@ -68,23 +63,6 @@ class Result:
     tokens_per_s: float
 
 
-@dataclass
-class Job:
-    """The parts of a run, built and ready."""
-
-    run: RunConfig
-    out: Path
-    model: Any
-    tokenizer: Any
-    dataset: Dataset
-    loader: Loader
-    optimizer: AdamW
-    device: torch.device
-    autocast: torch.dtype | None
-    peak: PeakMemory
-    steps: int
-
-
 def train(
     run: RunConfig, emit: Emit = lambda event: None, *, reasons: Sequence[str] = ()
 ) -> Result:
@@ -98,7 +76,7 @@ def train(
     Raises:
         NibbleError: One of its kinds, each with an exit code; see `nibble.errors`.
     """
-    _check(run)
+    check_run(run)
     with folder.run_folder(run) as out:
         if folder.is_finished(out):
             return _result_of(out)
@@ -109,87 +87,15 @@ def train(
                 receive(event)
 
         try:
-            with _out_of_memory_named(), _StopSignal() as stop:
+            with out_of_memory_named(), StopSignal() as stop:
                 emit_all(PlanMade(_planned(run), list(reasons)))
-                job = _build(run, out, emit_all)
+                job = build_job(run, out, emit_all)
                 state = _restore(job, emit_all)
                 _fit(job, state, stop, emit_all)
                 _finish(job, state, emit_all)
         finally:
             log.close()
         return _result_of(out)
-
-
-def _build(run: RunConfig, out: Path, emit: Emit) -> Job:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.manual_seed(run.train.seed)
-    peak = PeakMemory(device)
-    start = time.monotonic()
-    model, tokenizer = _load(run, device)
-    if run.method != "full":
-        adapt(
-            model,
-            **run.lora.model_dump(exclude={"dtype"}),
-            dtype=getattr(torch, run.lora.dtype),
-            generator=torch.Generator().manual_seed(run.train.seed),
-        )
-    seconds = time.monotonic() - start
-    dataset = build_dataset(run.data, tokenizer, seed=run.train.seed)
-    for warning in dataset.warnings:
-        emit(WarningRaised(warning))
-    loader = Loader(
-        dataset.train,
-        batch_size=run.train.batch_size,
-        micro_batch_size=int(run.train.micro_batch_size),
-        seed=run.train.seed,
-    )
-    apply_recompute(model, run.train.recompute)
-    groups = parameter_groups(model, lora_plus_ratio=run.optim.lora_plus_ratio)
-    optimizer = AdamW(groups, weight_decay=run.optim.weight_decay)
-    resident = resident_bytes(model)
-    num_trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    emit(
-        LoadEnd(
-            resident_bytes=resident,
-            total_bytes=sum(resident.values()),
-            num_trainable=num_trainable,
-            num_total=count_parameters(model),
-            seconds=seconds,
-        )
-    )
-    steps = run.train.steps or math.ceil(run.train.epochs * loader.steps_per_epoch)
-    is_mixed = run.method == "full" and run.model.dtype == "bfloat16"
-    autocast = torch.bfloat16 if is_mixed else None
-    return Job(
-        run=run,
-        out=out,
-        model=model,
-        tokenizer=tokenizer,
-        dataset=dataset,
-        loader=loader,
-        optimizer=optimizer,
-        device=device,
-        autocast=autocast,
-        peak=peak,
-        steps=steps,
-    )
-
-
-def _load(run: RunConfig, device: torch.device) -> tuple[Any, Any]:
-    is_float32 = run.model.dtype == "float32"
-    is_full = run.method == "full"
-    storage = "float32" if is_full or is_float32 else "bf16"
-    if run.method == "qlora":
-        storage = run.quant.type
-    return load_base(
-        run.model.name,
-        storage,
-        revision=run.model.revision,
-        dtype=torch.float32 if is_full or is_float32 else torch.bfloat16,
-        quant=run.quant.model_dump(exclude={"type"}),
-        trainable=is_full,
-        device=device,
-    )
 
 
 def _restore(job: Job, emit: Emit) -> TrainState:
@@ -216,7 +122,7 @@ def _restore(job: Job, emit: Emit) -> TrainState:
     return state
 
 
-def _fit(job: Job, state: TrainState, stop: "_StopSignal", emit: Emit) -> None:
+def _fit(job: Job, state: TrainState, stop: StopSignal, emit: Emit) -> None:
     run = job.run
     job.model.train()
     saved_at = time.monotonic()
@@ -312,9 +218,7 @@ def _evaluate(job: Job, step: int, emit: Emit) -> EvalEnd | None:
 
 def _save(job: Job, state: TrainState, emit: Emit) -> None:
     start = time.monotonic()
-    saved = checkpoint.save(
-        _checkpoints(job), state, job.optimizer, identity=_identity(job.run)
-    )
+    saved = checkpoint.save(_checkpoints(job), state, job.optimizer, identity=_identity(job.run))
     emit(CheckpointSaved(state.step, str(saved), time.monotonic() - start))
 
 
@@ -331,7 +235,7 @@ def _stop(job: Job, state: TrainState, signal_name: str, emit: Emit) -> None:
 def _result_of(out: Path) -> Result:
     """Read the result off the event log."""
     final_loss, eval_loss, tokens, seconds = math.nan, None, 0, 0.0
-    for event in folder.read_events(out / folder.EVENTS_FILE):
+    for event in read_events(out / folder.EVENTS_FILE):
         if isinstance(event, StepEnd):
             final_loss = event.loss
         elif isinstance(event, EvalEnd):
@@ -349,40 +253,12 @@ def _result_of(out: Path) -> Result:
     )
 
 
-def _check(run: RunConfig) -> None:
-    """Refuse what is missing or not available before anything is loaded."""
-    autos = [key for key, value in run.flat().items() if value == "auto" and key != "data.format"]
-    if autos:
-        raise UsageError(f"{', '.join(autos)}: auto must be resolved first", fix="nibble.train")
-    for key in ("model.name", "data.train"):
-        if not run.flat()[key]:
-            flag = {"model.name": "--model", "data.train": "--data"}[key]
-            raise UsageError(f"{key} is not set", fix=f"give {flag} or set it in the recipe")
-    absent = {
-        "optim.name": ("adamw8bit", "adamw"),
-        "optim.paged": (True, "false"),
-        "train.exactness": ("exact", "default"),
-    }
-    for key, (value, instead) in absent.items():
-        if run.flat()[key] == value:
-            raise UsageError(
-                f"{key}={value} is not available in this version", fix=f"use {key}={instead}"
-            )
-
-
 def _planned(run: RunConfig) -> dict[str, Any]:
     return {k: v for k, v in run.flat().items() if run.origin(k) == "planner"}
 
 
 def _identity(run: RunConfig) -> str:
-    return str(hash_of_run(run))
-
-
-def hash_of_run(run: RunConfig) -> str:
     """A digest of every value that decides the course of a run."""
-    import hashlib
-    import json
-
     values = {key: value for key, value in run.flat().items() if key != "out"}
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
@@ -400,40 +276,3 @@ def _must_save(every: int | str, step: int, saved_at: float) -> bool:
         return step % every == 0
     number, unit = every.rstrip("smhin"), every.lstrip("0123456789")
     return time.monotonic() - saved_at >= int(number) * {"s": 1, "min": 60, "h": 3600}[unit]
-
-
-class _StopSignal:
-    """Remembers the first SIGINT, SIGTERM or SIGUSR1; the loop asks after every step."""
-
-    def __init__(self) -> None:
-        self.name = ""
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> "_StopSignal":
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-            try:
-                self._previous[number] = signal.signal(number, self._remember)
-            except ValueError:  # not the main thread: the caller handles signals
-                return self
-        return self
-
-    def __exit__(self, *details: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _remember(self, number: int, frame: object) -> None:
-        if self.name:
-            raise KeyboardInterrupt
-        self.name = signal.Signals(number).name
-
-
-@contextmanager
-def _out_of_memory_named() -> Iterator[None]:
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise OutOfMemoryError(
-            f"the device ran out of memory: {str(error).splitlines()[0]}",
-            fix="lower train.micro_batch_size or data.max_seq_len, set train.recompute=full, "
-            "or use method=qlora",
-        ) from None

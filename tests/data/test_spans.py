@@ -79,7 +79,7 @@ def test_think_blocks_that_a_template_moves(talk):
         "{% set c = m.content.split('</think>')[-1].lstrip('\n') %}"
         "{% set r = m.content.split('</think>')[0].split('<think>')[-1].strip('\n') %}"
         + HEAD
-        + "{% if loop.last %}{{ '<think>\n' + r + '\n</think>\n\n' + c }}{% else %}{{ c }}{% endif %}"
+        + "{% if loop.last %}{{ '<think>\n' + r + '\n</think>\n\n' }}{% endif %}{{ c }}"
         + TAIL
         + "{% else %}"
         + HEAD
@@ -101,7 +101,8 @@ def test_template_that_looks_at_the_answer(talk):
 
 def test_answer_found_by_its_text_as_the_last_resort(talk):
     source = (
-        "{% if messages | length < 2 or add_generation_prompt %}{{ raise_exception('no') }}{% endif %}"
+        "{% if messages | length < 2 or add_generation_prompt %}"
+        "{{ raise_exception('no') }}{% endif %}"
         "{{ messages[0].content }}|{{ messages[1].content.replace('\U000f0000', 'x') }}<|im_end|>"
     )
     template = ChatTemplate(source, {}, SPECIALS)
@@ -154,9 +155,13 @@ def test_ignored_tool_calls_are_written_into_the_text():
 
 
 def test_tools_reach_the_template():
-    template = ChatTemplate("{{ tools | tojson }}{{ messages[-1].content }}<|im_end|>", {}, SPECIALS)
+    template = ChatTemplate(
+        "{{ tools | tojson }}{{ messages[-1].content }}<|im_end|>", {}, SPECIALS
+    )
     tools = ({"name": "sky"},)
-    conversation = Conversation((Message("user", "a"), Message("assistant", "b")), "", 0, tools=tools)
+    conversation = Conversation(
+        (Message("user", "a"), Message("assistant", "b")), "", 0, tools=tools
+    )
     text, spans = target_spans(template, conversation, train_on="assistant")
     assert text == '[{"name": "sky"}]b<|im_end|>'
     assert [text[a:b] for a, b in spans] == ["b<|im_end|>"]

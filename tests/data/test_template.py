@@ -16,16 +16,20 @@ def text_of(source, **variables):
 @pytest.mark.parametrize(
     "source",
     [
-        "{% for m in messages %}\n    {% if loop.first %}\n{{ m.content }}\n  {% endif %}\n{% endfor %}\n",
-        "{%- for m in messages %}{% if m.role == 'user' %}{% continue %}{% endif %}{{ m }}{% endfor %}",
+        "{% for m in messages %}\n    {% if loop.first %}\n{{ m.content }}\n  {% endif %}\n"
+        "{% endfor %}\n",
+        "{%- for m in messages %}{% if m.role == 'user' %}{% continue %}{% endif %}{{ m }}"
+        "{% endfor %}",
         "{% for m in messages %}{{ m | tojson }}{{ m | tojson(indent=2) }}{% break %}{% endfor %}",
-        "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}",
+        "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}"
+        "{% endfor %}{{ ns.n }}",
         "{% macro f(x) %}[{{ x ~ '!' ~ 3 }}]{% endmacro %}{{ f(messages[0].content) }}",
         "{{ messages[0]['content'].split(' ')[-1].strip().upper() }}{{ messages | length }}",
         "{{ '%05d|%s' % (42, 'x') }}{{ 'ab' * 3 }}{{ [1] + [2] }}{{ 2 ** 10 }}",
         "{% generation %}{{ messages[1].content }}{% endgeneration %}",
         "{{ missing }}|{{ messages[0].missing is defined }}|{{ 'x' | indent(4, first=True) }}",
         "{% set a %}{{ messages[0].role }}{% endset %}{{ a | trim | capitalize }}",
+        "{{ '{} {:>4} {x!r}'.format(113542617735902, 'a', x=1) }}",
         "{{ 113542617735902 | string }}{{ 113542617735902 | tojson }}",
     ],
 )
@@ -81,13 +85,15 @@ def test_sandbox_holds(source):
     "source",
     [
         "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
-        "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+        "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}"
+        "{{ f(60) }}",
         "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
         "{{ 'a' * 10000000000 }}",
         "{{ 'a'.ljust(10000000000) }}",
         "{{ 'a' | center(10000000000) }}",
         "{{ '%1000000000d' % 1 }}",
         "{{ '{:>1000000000}'.format(1) }}",
+        "{{ '{:>{w}}'.format(1, w=1000000000) }}",
         "{{ 9 ** 999999999 }}",
         "{{ range(10000000000) | list }}",
         "{% set ns = namespace(x='a') %}{% for i in range(99) %}"

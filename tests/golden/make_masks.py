@@ -133,15 +133,15 @@ def cases():
 
 
 def expected_targets(template, format, turns, eos):
-    """What must be trained, by the definition of the templates above."""
+    """What must be trained of each turn, by the definition of the templates above."""
     answers = [text for role, text in turns if role == "assistant"]
     if format == "text":
-        return answers[0] + eos
+        return [answers[0] + eos]
     if template == "chatml":
-        return "".join(answer + ENDS["chatml"] for answer in answers)
+        return [answer + ENDS["chatml"] for answer in answers]
     if template == "mistral":
-        return "".join(f"{answer.strip()} {eos}" for answer in answers)
-    return "".join(answer.strip() + ENDS[template] for answer in answers)
+        return [f"{answer.strip()} {eos}" for answer in answers]
+    return [answer.strip() + ENDS[template] for answer in answers]
 
 
 def tokenized(tokenizer, template, format, values):

@@ -16,6 +16,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHAPES = st.one_of(
     st.tuples(st.integers(1, 3000)),
     st.tuples(st.integers(1, 70), st.integers(1, 200)),
+    st.tuples(st.integers(1, 30), st.integers(1, 5).map(lambda n: 64 * n)),
     st.tuples(st.integers(1, 5), st.integers(1, 40), st.integers(1, 70)),
 )
 
@@ -41,8 +42,8 @@ def weights(draw):
 
 
 def is_right_in_bitsandbytes(shape):
-    """Its CPU code is wrong for some last dimensions that are no multiple of 64."""
-    return len(shape) == 1 or shape[-1] % 64 == 0 or shape[-1] % 2 == 1
+    """Its CPU code is wrong for some last dimensions; odd ones are compiled first, and slow."""
+    return shape[-1] % 64 == 0 or (len(shape) == 1 and shape[0] % 2 == 0 and shape[0] > 2)
 
 
 def formula(codes, absmax, codebook, shape):
@@ -123,9 +124,7 @@ def test_part_equals_the_same_part_of_the_whole(start, count, dtype):
     whole = nf4.dequantize(q, dtype=dtype).view(-1)
     part = nf4.dequantize(q, dtype=dtype, start=start, count=count)
     assert torch.equal(part, whole[start : start + count])
-    assert torch.equal(
-        part, nf4.dequantize_reference(q, dtype=dtype, start=start, count=count)
-    )
+    assert torch.equal(part, nf4.dequantize_reference(q, dtype=dtype, start=start, count=count))
 
 
 @pytest.mark.parametrize("shape", [(5, 16, 96), (3, 7, 9), (4, 64)])
@@ -165,7 +164,9 @@ def test_search_keeps_the_format_and_handles_edges():
     assert torch.isfinite(nf4.dequantize(q)).all()
     exact = nf4.quantize(weight, search=True, double=False)
     assert (nf4.dequantize(exact)[:64] == 0).all()
-    assert relative_error(weight, exact) <= relative_error(weight, nf4.quantize(weight, double=False))
+    assert relative_error(weight, exact) <= relative_error(
+        weight, nf4.quantize(weight, double=False)
+    )
 
 
 def relative_error(weight, q):

@@ -79,7 +79,9 @@ def broken_source(folder: Path) -> Path:
 def disagreeing_source(folder: Path) -> Path:
     source = folder / "nf4_cpu.c"
     text = nf4_cpu.SOURCE.read_text()
-    source.write_text(text.replace("below += values[i] > bounds", "below += values[i] > 2 * bounds"))
+    source.write_text(
+        text.replace("below += values[i] > bounds", "below += values[i] > 2 * bounds")
+    )
     return source
 
 
@@ -111,14 +113,12 @@ def test_no_compiler_falls_back(fresh, monkeypatch, caplog):
 
 
 @needs_compiler
-def test_damaged_library_is_not_fatal(fresh, monkeypatch):
-    nf4_cpu.load()
-    (built,) = fresh.rglob("*.so")
-    replacement = built.with_name("short")
-    replacement.write_bytes(b"\x7fELF")
-    replacement.replace(built)
-    nf4_cpu.load.cache_clear()
-    assert nf4_cpu.load() is None
+def test_damaged_library_is_built_again(fresh):
+    path = fresh / "nibble" / f"nf4_cpu-{nf4_cpu._build_key(nf4_cpu._compiler())}.so"
+    path.parent.mkdir()
+    path.write_bytes(b"\x7fELF")
+    assert nf4_cpu.load() is not None
+    assert path.stat().st_size > 4
 
 
 @needs_compiler
@@ -188,7 +188,8 @@ def test_works_from_several_threads_at_once():
 def test_works_in_a_forked_child():
     program = """
 import os, torch
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # torch's own threads do not survive a fork
+torch.get_num_threads = lambda: 2
 from nibble.kernels import nf4
 q = nf4.quantize(torch.randn(1024, 1024))
 expected = nf4.dequantize(q)
@@ -205,8 +206,6 @@ raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
 def test_two_processes_build_at_once(tmp_path):
     program = "from nibble.kernels import nf4_cpu; raise SystemExit(nf4_cpu.load() is None)"
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
-    running = [
-        subprocess.Popen([sys.executable, "-c", program], env=environment) for _ in range(2)
-    ]
+    running = [subprocess.Popen([sys.executable, "-c", program], env=environment) for _ in range(2)]
     assert [process.wait(120) for process in running] == [0, 0]
     assert len(list(tmp_path.rglob("*.so"))) == 1

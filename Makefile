@@ -1,0 +1,47 @@
+# make demo and make test install what they need into .venv and run.
+
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+export OMP_WAIT_POLICY ?= passive
+export GOMP_SPINCOUNT ?= 0
+
+.PHONY: demo test check fix bench gpu-check clean
+
+demo: $(INSTALLED)
+	$(BIN)/nibble demo
+
+test: $(INSTALLED)-test
+	$(BIN)/python -m pytest -n 2 -m "not gpu and not slow"
+
+check: $(INSTALLED)-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest tests/test_structure.py
+
+fix: $(INSTALLED)-test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(INSTALLED)-test
+	$(BIN)/python benchmarks/nf4_cpu.py
+	$(BIN)/python benchmarks/held_out_loss.py
+
+# Eight minutes at most on one GPU: the tests marked gpu, then the main job.
+gpu-check:
+	python3 -m pytest -m gpu
+	python3 -m nibble demo
+
+clean:
+	rm -rf .venv build dist *.egg-info
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+$(INSTALLED)-test: $(INSTALLED)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[test]"
+	touch $@

@@ -1,0 +1,131 @@
+"""The parts of a run, built from its config."""
+
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nibble.config import RunConfig
+from nibble.data.dataset import Dataset, build_dataset
+from nibble.data.loader import Loader
+from nibble.errors import UsageError
+from nibble.events import Emit, LoadEnd, WarningRaised
+from nibble.model.adapt import adapt
+from nibble.model.ledger import count_parameters, resident_bytes
+from nibble.model.load import load_base
+from nibble.model.recompute import apply_recompute
+from nibble.train.memory import PeakMemory
+from nibble.train.optimizer import AdamW, parameter_groups
+
+
+@dataclass
+class Job:
+    """The parts of a run, built and ready."""
+
+    run: RunConfig
+    out: Path
+    model: Any
+    tokenizer: Any
+    dataset: Dataset
+    loader: Loader
+    optimizer: AdamW
+    device: torch.device
+    autocast: torch.dtype | None
+    peak: PeakMemory
+    steps: int
+
+
+def build_job(run: RunConfig, out: Path, emit: Emit) -> Job:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(run.train.seed)
+    peak = PeakMemory(device)
+    start = time.monotonic()
+    model, tokenizer = _load(run, device)
+    if run.method != "full":
+        adapt(
+            model,
+            **run.lora.model_dump(exclude={"dtype"}),
+            dtype=getattr(torch, run.lora.dtype),
+            generator=torch.Generator().manual_seed(run.train.seed),
+        )
+    seconds = time.monotonic() - start
+    dataset = build_dataset(run.data, tokenizer, seed=run.train.seed)
+    for warning in dataset.warnings:
+        emit(WarningRaised(warning))
+    loader = Loader(
+        dataset.train,
+        batch_size=run.train.batch_size,
+        micro_batch_size=int(run.train.micro_batch_size),
+        seed=run.train.seed,
+    )
+    apply_recompute(model, run.train.recompute)
+    groups = parameter_groups(model, lora_plus_ratio=run.optim.lora_plus_ratio)
+    optimizer = AdamW(groups, weight_decay=run.optim.weight_decay)
+    resident = resident_bytes(model)
+    num_trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    emit(
+        LoadEnd(
+            resident_bytes=resident,
+            total_bytes=sum(resident.values()),
+            num_trainable=num_trainable,
+            num_total=count_parameters(model),
+            seconds=seconds,
+        )
+    )
+    steps = run.train.steps or math.ceil(run.train.epochs * loader.steps_per_epoch)
+    is_mixed = run.method == "full" and run.model.dtype == "bfloat16"
+    autocast = torch.bfloat16 if is_mixed else None
+    return Job(
+        run=run,
+        out=out,
+        model=model,
+        tokenizer=tokenizer,
+        dataset=dataset,
+        loader=loader,
+        optimizer=optimizer,
+        device=device,
+        autocast=autocast,
+        peak=peak,
+        steps=steps,
+    )
+
+
+def _load(run: RunConfig, device: torch.device) -> tuple[Any, Any]:
+    is_float32 = run.model.dtype == "float32"
+    is_full = run.method == "full"
+    storage = "float32" if is_full or is_float32 else "bf16"
+    if run.method == "qlora":
+        storage = run.quant.type
+    return load_base(
+        run.model.name,
+        storage,
+        revision=run.model.revision,
+        dtype=torch.float32 if is_full or is_float32 else torch.bfloat16,
+        quant=run.quant.model_dump(exclude={"type"}),
+        trainable=is_full,
+        device=device,
+    )
+
+
+def check_run(run: RunConfig) -> None:
+    """Refuse what is missing or not available before anything is loaded."""
+    autos = [key for key, value in run.flat().items() if value == "auto" and key != "data.format"]
+    if autos:
+        raise UsageError(f"{', '.join(autos)}: auto must be resolved first", fix="nibble.train")
+    for key in ("model.name", "data.train"):
+        if not run.flat()[key]:
+            flag = {"model.name": "--model", "data.train": "--data"}[key]
+            raise UsageError(f"{key} is not set", fix=f"give {flag} or set it in the recipe")
+    absent = {
+        "optim.name": ("adamw8bit", "adamw"),
+        "optim.paged": (True, "false"),
+        "train.exactness": ("exact", "default"),
+    }
+    for key, (value, instead) in absent.items():
+        if run.flat()[key] == value:
+            raise UsageError(
+                f"{key}={value} is not available in this version", fix=f"use {key}={instead}"
+            )
