@@ -3,8 +3,9 @@
     python benchmarks/load_memory.py [--gigabytes 1] [--storage nf4] [--kind llama|mixtral]
 
 Writes a synthetic bf16 checkpoint, loads it in a fresh process, and compares the peak of its
-resident memory (file pages included; what the imports take is left out) with result + 1.1 x largest tensor + 200 MB. Exit code 1
-when it is above. The largest tensor is that of the model: experts are one tensor a layer.
+resident memory (file pages included, what the imports take left out) with result + 1.1 x largest
+tensor + 200 MB; the exit code is 1 when it is above. The largest tensor is that of the model:
+experts are one tensor a layer.
 """
 
 import argparse

@@ -34,9 +34,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>")
 END_OF_TEXT, IM_END, PAD = 0, 2, 3
 VOCAB_SIZE = 2048
-ROW_TOKENS = 256
+ROW_TOKENS = 128
 ROWS_PER_STEP = 16
-PROSE_SHARE = 0.25
+PROSE_SHARE = 0.125
 CONTEXT = 512
 CHAT_TEMPLATE = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + "

@@ -71,7 +71,9 @@ def tokenize_all(
     template = chat_template_of(tokenizer)
     rows = iter(conversations)
     while batch := list(islice(rows, _ROWS_AT_ONCE)):
-        yield from _tokenize_batch(batch, tokenizer, template, train_on, on_bad_row)
+        yield from _tokenize_batch(
+            batch, tokenizer, template=template, train_on=train_on, on_bad_row=on_bad_row
+        )
 
 
 def chat_template_of(tokenizer: Any) -> ChatTemplate:
@@ -121,6 +123,7 @@ def _adds_bos(tokenizer: Any) -> bool:
 def _tokenize_batch(
     batch: Sequence[Conversation],
     tokenizer: Any,
+    *,
     template: ChatTemplate,
     train_on: str,
     on_bad_row: Callable[[DataError], None] | None,

@@ -174,9 +174,16 @@ def _check_part(
     )
     part.format = ", ".join(sorted({row.format for row in rows}))
     part.num_empty_answers = sum(_has_empty_answer(row) for row in rows)
-    part.rows = [show(e, tokenizer) for e in examples[: settings.num_rows_shown]]
+    shown = examples[: settings.num_rows_shown]
+    part.rows = [show(_head(e, settings.max_seq_len), tokenizer) for e in shown]
     _count_tokens(part, examples, settings.max_seq_len)
     return part, rows
+
+
+def _head(example: Example, max_seq_len: int) -> Example:
+    """What fits in a row: a text file is as long as it likes."""
+    ids, labels = example.input_ids[:max_seq_len], example.labels[:max_seq_len]
+    return replace(example, input_ids=ids, labels=labels)
 
 
 def _has_empty_answer(row: Conversation) -> bool:

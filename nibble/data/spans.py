@@ -50,7 +50,9 @@ def target_spans(
     place = Place(conversation.path, conversation.line)
     try:
         turns, text = render_turns(template, conversation.messages, tools=conversation.tools)
-        finder = _Finder(template, turns, text, list(conversation.tools) or None, place)
+        finder = _Finder(
+            template, turns, text=text, tools=list(conversation.tools) or None, place=place
+        )
         wanted = _wanted(conversation.messages, turns, train_on)
         spans = finder.spans(wanted)
     except TemplateError as error:
@@ -91,6 +93,7 @@ class _Finder:
         self,
         template: ChatTemplate,
         turns: list[dict[str, Any]],
+        *,
         text: str,
         tools: list[Mapping[str, Any]] | None,
         place: Place,

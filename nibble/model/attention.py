@@ -95,7 +95,9 @@ class PackedFalconAttention(FalconAttention):
     Falcon hands layers no extra arguments, so the boundaries are read off the positions.
     """
 
-    def forward(self, hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, hidden_states: Tensor, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
         """(1, T, D) -> (1, T, D); other calls are left to transformers."""
         mask, position_ids = kwargs.get("attention_mask"), kwargs.get("position_ids")
         if position_ids is None or not _is_placeholder(mask, hidden_states.shape[1]):

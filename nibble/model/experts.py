@@ -44,9 +44,10 @@ class ExpertWeight(nn.Module):
     def __init__(self, weight: Tensor | Quantized) -> None:
         super().__init__()
         self.shape = tuple(weight.shape)
-        self.type, self.block_size, self.scale = "", 0, 0.0
+        self.scale = 0.0
+        self._format: tuple[str, int] | None = None
         if isinstance(weight, Quantized):
-            self.type, self.block_size = weight.type, weight.block_size
+            self._format = weight.type, weight.block_size
             for name in ("codes", "absmax", "nested_absmax", "offset"):
                 tensor = getattr(weight, name)
                 value = None if tensor is None else nn.Parameter(tensor, requires_grad=False)
@@ -59,10 +60,12 @@ class ExpertWeight(nn.Module):
     @property
     def quantized(self) -> Quantized | None:
         """The stored weight; None where it is kept in 16 bits."""
-        if not self.type:
+        if self._format is None:
             return None
-        parts = (self.codes, self.absmax, self.nested_absmax, self.offset)
-        return Quantized(*parts, self.shape, self.type, self.block_size)  # type: ignore[arg-type]
+        own: Any = self
+        kind, block_size = self._format
+        parts = (own.codes, own.absmax, own.nested_absmax, own.offset)
+        return Quantized(*parts, shape=self.shape, type=kind, block_size=block_size)
 
     def dense_weight(self, expert: int, dtype: torch.dtype) -> Tensor:
         """The (O, I) weight of one expert, valid until the next call on this device."""
@@ -175,7 +178,9 @@ class _ExpertProduct(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, None, None]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, grad_y: Tensor
+    ) -> tuple[Tensor, None, None]:
         return grad_y @ ctx.weight.dense_weight(ctx.expert, grad_y.dtype), None, None
 
 

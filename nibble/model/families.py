@@ -5,7 +5,7 @@
     head_of(model).logits(hidden)   both together: what `model(...).logits` would be
 
 transformers defines the architectures; nothing here copies one. A decoder-only architecture that
-is not listed works as long as its linear layers are `nn.Linear` and `model.selfcheck` agrees.
+is not listed works where `model.selfcheck` finds that it does.
 """
 
 from collections.abc import Sequence

@@ -40,7 +40,7 @@ def count_parameters(model: nn.Module) -> int:
     for module in model.modules():
         if isinstance(module, Linear4bit):
             total += module.in_features * module.out_features
-        elif isinstance(module, ExpertWeight) and module.type:
+        elif isinstance(module, ExpertWeight) and module.quantized is not None:
             total += prod(module.shape)
         for name, parameter in module.named_parameters(recurse=False):
             if id(parameter) not in seen and not _is_part(module, name):
@@ -62,8 +62,10 @@ def _distinct(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def _kind(model: nn.Module, name: str, key: str, tensor: Tensor) -> str:
     module = model.get_submodule(name)
-    if _is_part(module, key):
-        kind = module.type if key == "codes" else "8-bit" if _is_byte(tensor) else "float32"
+    if isinstance(module, Linear4bit | ExpertWeight) and key in _PARTS:
+        kind = "8-bit" if tensor.dtype == torch.uint8 else "float32"
+        if key == "codes" and module.quantized is not None:
+            kind = module.quantized.type
         return f"{kind} {_PARTS[key]}"
     return f"{str(tensor.dtype).removeprefix('torch.')} {_use(model, name, key, tensor)}"
 
@@ -91,7 +93,3 @@ def _use(model: nn.Module, name: str, key: str, tensor: Tensor) -> str:
 def _is_part(module: nn.Module, key: str) -> bool:
     """Whether a parameter is a part of a 4-bit weight."""
     return isinstance(module, Linear4bit | ExpertWeight) and key in _PARTS
-
-
-def _is_byte(tensor: Tensor) -> bool:
-    return tensor.dtype == torch.uint8

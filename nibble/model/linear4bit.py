@@ -90,7 +90,7 @@ class Linear4bit(nn.Module):
         if len(q.shape) != 2:
             raise ValueError(f"a linear layer's weight has 2 dimensions, not {len(q.shape)}")
         self.out_features, self.in_features = q.shape
-        self.type, self.block_size = q.type, q.block_size
+        self.quant_type, self.block_size = q.type, q.block_size
         self.codes = nn.Parameter(q.codes, requires_grad=False)
         self.absmax = nn.Parameter(q.absmax, requires_grad=False)
         self.nested_absmax = _frozen(q.nested_absmax)
@@ -126,7 +126,7 @@ class Linear4bit(nn.Module):
             self.nested_absmax,
             self.offset,
             (self.out_features, self.in_features),
-            self.type,
+            self.quant_type,
             self.block_size,
         )
 
@@ -145,7 +145,7 @@ class Linear4bit(nn.Module):
 
     def extra_repr(self) -> str:
         """Sizes and storage, for print(model)."""
-        return f"{self.in_features}, {self.out_features}, {self.type}"
+        return f"{self.in_features}, {self.out_features}, {self.quant_type}"
 
 
 class _FrozenLinear(torch.autograd.Function):
@@ -159,7 +159,8 @@ class _FrozenLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (grad_y,) = grads
         return grad_y @ ctx.layer.dense_weight(grad_y.dtype), None, None
 
 

@@ -9,6 +9,7 @@
 At no time is more than one tensor in memory beside the result.
 """
 
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,17 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from nibble.errors import ModelError, UsageError
 from nibble.kernels.nf4 import BLOCK_SIZE
+from nibble.model.families import family_of
 from nibble.model.files import find_model, read_config, read_index
+from nibble.model.ledger import resident_bytes
 from nibble.model.names import match_names, tied_names
 from nibble.model.place import Placer, Storage, check_ties
 from nibble.model.prequantized import check_quantization, read_quantized, split_quantized
+from nibble.model.selfcheck import check_model
 from nibble.model.skeleton import build_config, build_skeleton
 from nibble.model.tensors import Entry, TensorReader
 
+_log = logging.getLogger("nibble")
 STORAGES = ("bf16", "float32", "nf4", "fp4")
 
 
@@ -73,7 +78,10 @@ def load_base(
     _load_generation_config(model, folder)
     _load_weights(model, folder, stored, torch.device(device or "cpu"))
     model.name_or_path = str(name)
-    return model.eval(), tokenizer
+    model.eval()
+    if not family_of(config).is_first_class:
+        _check_unlisted(model, stored)
+    return model, tokenizer
 
 
 def _build_storage(
@@ -132,6 +140,17 @@ def _load_weights(
 
 def _later(reader: TensorReader, entry: Entry) -> Callable[[], torch.Tensor]:
     return lambda: reader.read(entry)
+
+
+def _check_unlisted(model: PreTrainedModel, storage: Storage) -> None:
+    """Check an architecture that is not listed, and say what it keeps out of 4 bits."""
+    check_model(model)
+    kept = [kind for kind in resident_bytes(model) if kind.endswith((" linears", " experts"))]
+    _log.warning(
+        "%s is not among the tested architectures; it passed the check of packing and logits%s",
+        model.config.model_type,
+        f"; not in 4 bits: {', '.join(kept)}" if storage.quant and kept else "",
+    )
 
 
 def _load_tokenizer(folder: Path, config: Any) -> Any:

@@ -85,11 +85,17 @@ class Placer:
         """
         layer = self._owner(name) if name in self._shapes else None
         if not self._is_linear_weight(name):
-            raise ModelError(f"{name} is stored in 4 bits, but is no weight of a linear layer")
+            raise ModelError(
+                f"{name} is stored in 4 bits, but is no weight of a linear layer",
+                fix="load the 16-bit checkpoint instead",
+            )
         rows, columns = self._shapes[name]
         expected = (columns, rows) if isinstance(layer, Conv1D) else (rows, columns)
         if q.shape != expected:
-            raise ModelError(f"the 4-bit weight {name} has shape {q.shape}, expected {expected}")
+            raise ModelError(
+                f"the 4-bit weight {name} has shape {q.shape}, expected {expected}",
+                fix="config.json and weights must be of one model",
+            )
         replacement = Linear4bit(_to(q, self.device), getattr(layer, "bias", None))
         self.model.set_submodule(name.rpartition(".")[0], replacement)
 
@@ -98,12 +104,15 @@ class Placer:
         self.model.tie_weights()
         if not self.storage.is_trainable:
             self._wrap()
-        self.model.to(self.device)
+        for name, buffer in self.model.named_buffers():
+            self._owner(name)._buffers[name.rpartition(".")[2]] = buffer.to(self.device)
         self.model.requires_grad_(self.storage.is_trainable)
         tensors = [*self.model.named_parameters(), *self.model.named_buffers()]
         empty = [name for name, tensor in tensors if tensor.is_meta]
         if empty:
-            raise ModelError(f"the checkpoint lacks {', '.join(empty[:5])}")
+            raise ModelError(
+                f"the checkpoint lacks {', '.join(empty[:5])}", fix="download the model again"
+            )
 
     def _place_dense(self, name: str, value: Tensor) -> None:
         owner, key = self._owner(name), name.rpartition(".")[2]
@@ -157,6 +166,7 @@ def check_ties(model: PreTrainedModel, name: str, value: Tensor) -> None:
 def _to(q: Quantized, device: torch.device) -> Quantized:
     if device.type == "cpu":
         return q
-    parts = {key: getattr(q, key) for key in ("codes", "absmax", "nested_absmax", "offset")}
-    moved = {key: None if t is None else t.to(device) for key, t in parts.items()}
-    return Quantized(**moved, shape=q.shape, type=q.type, block_size=q.block_size)
+    nested = None if q.nested_absmax is None else q.nested_absmax.to(device)
+    offset = None if q.offset is None else q.offset.to(device)
+    codes, absmax = q.codes.to(device), q.absmax.to(device)
+    return Quantized(codes, absmax, nested, offset, q.shape, q.type, q.block_size)

@@ -125,7 +125,8 @@ def _entry(path: Path, name: str, value: Any, base: int) -> Entry:
 
 
 def _fill(buffer: Tensor, entry: Entry) -> Tensor:
-    view, done = memoryview(buffer.numpy()), 0
+    values: Any = buffer.numpy()
+    view, done = memoryview(values), 0
     try:
         with entry.path.open("rb", buffering=0) as file:
             file.seek(entry.start)

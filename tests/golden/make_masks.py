@@ -2,9 +2,11 @@
 
     python tests/golden/make_masks.py
 
-Each value is the decoded row with the trained part between double brackets. Read the files
-before committing a change: they are the expected truth of tests/data/test_chat.py, which also
-checks every value against `expected_targets`, written without the code under test.
+Alpaca rows cannot hold tool messages and text rows have one shape; the last template refuses
+system and tool turns, as Gemma's does. Each value is the decoded row with the trained part
+between double brackets. Read the files before committing a change: they are the expected truth
+of tests/data/test_chat.py, which also checks every value against `expected_targets`, written
+without the code under test.
 """
 
 import json
@@ -37,6 +39,8 @@ GEMMA = (
     "{{ bos_token }}{% if messages[0]['role'] == 'system' %}"
     "{{ raise_exception('System role not supported') }}{% endif %}"
     "{% for m in messages %}"
+    "{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Conversation roles must alternate user/assistant/...') }}{% endif %}"
     "{% if m['role'] == 'assistant' %}{% set role = 'model' %}"
     "{% else %}{% set role = m['role'] %}{% endif %}"
     "{{ '<start_of_turn>' + role + '\n' + m['content'] | trim + '<end_of_turn>\n' }}"
@@ -111,8 +115,11 @@ def row(format, turns):
         return {"conversations": [{"from": names.get(r, r), "value": t} for r, t in turns]}
     if format == "text":
         return {"text": turns[-1][1]} if len(turns) == 2 and turns[-1][1] else None
-    if "tool" in roles:
+    if "tool" in roles and format == "alpaca":
         return None
+    if "tool" in roles:  # prompt and completion as turns: only the completion is trained
+        said = [{"role": role, "content": text} for role, text in turns]
+        return {"prompt": said[:-1], "completion": said[-1:]}
     values = {"system": turns[0][1]} if roles[0] == "system" else {}
     talk = [text for role, text in turns if role != "system"]
     if talk[:-2]:
@@ -137,6 +144,8 @@ def expected_targets(template, format, turns, eos):
     answers = [text for role, text in turns if role == "assistant"]
     if format == "text":
         return [answers[0] + eos]
+    if format == "prompt-completion" and "tool" in dict(turns):
+        answers = answers[-1:]
     if template == "chatml":
         return [answer + ENDS["chatml"] for answer in answers]
     if template == "mistral":

@@ -75,6 +75,8 @@ def test_bias_and_its_gradient():
 @pytest.mark.parametrize("options", OPTIONS)
 def test_bfloat16_is_within_one_rounding(options):
     hidden, weight, labels = make(600, dtype=torch.bfloat16, dim=64, vocabulary=300)
+    # Logits near 1, where bfloat16 carries them well
+    weight *= 0.125
     expected, grad_hidden, grad_weight, _ = exact(hidden, weight, labels, **options)
     hidden.requires_grad_()
     weight.requires_grad_()

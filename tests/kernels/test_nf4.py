@@ -77,9 +77,13 @@ def test_equals_bitsandbytes(weight, type, double):
         got = nf4.dequantize(q, dtype=dtype)
         assert torch.equal(got, expected.to(dtype))
         assert torch.equal(got, nf4.dequantize_reference(q, dtype=dtype))
-    if is_right_in_bitsandbytes(weight.shape):
-        oracle = bnb.dequantize_4bit(codes, state).view(weight.shape)
-        assert torch.equal(nf4.dequantize(q, dtype=weight.dtype), oracle)
+        if is_right_in_bitsandbytes(weight.shape):
+            state.dtype = dtype
+            oracle = bnb.dequantize_4bit(codes, state).view(weight.shape)
+            # Its conversion to bfloat16 turns subnormal float32 values to zero on some CPUs.
+            is_subnormal = expected.abs() < torch.finfo(torch.float32).tiny
+            is_flushed = (oracle == 0) & is_subnormal & (dtype == torch.bfloat16)
+            assert torch.equal(got.where(~is_flushed, 0), oracle.where(~is_flushed, 0))
 
 
 @settings(max_examples=50, deadline=None)

@@ -28,6 +28,10 @@ def make(kind, dtype, bias=True):
     return layer.to(dtype)
 
 
+def to_4bit(layer):
+    return Linear4bit.from_dense(layer.weight, layer.bias)
+
+
 @pytest.mark.parametrize("shape", [(7, 96), (2, 5, 96)])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", [nn.Linear, FalconLinear, Conv1D])
@@ -117,7 +121,7 @@ def test_gradient_is_for_the_input_alone():
     assert all(p.grad is None for p in layer.parameters())
 
 
-@pytest.mark.parametrize("make_layer", [DenseLinear, lambda l: Linear4bit.from_dense(l.weight)])
+@pytest.mark.parametrize("make_layer", [DenseLinear, to_4bit])
 def test_nothing_is_saved_for_backward(make_layer):
     layer = make_layer(nn.Linear(96, 48))
     saved = []

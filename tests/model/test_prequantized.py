@@ -62,7 +62,7 @@ def test_codes_and_scales_stay_bit_for_bit(stored, kind):
         if not isinstance(layer, Linear4bit):
             continue
         count += 1
-        assert layer.type == kind[:3]
+        assert layer.quantized.type == kind[:3]
         codes = on_disk[f"{name}.weight"].view(torch.uint8).flatten()
         assert torch.equal(layer.codes, codes)
         assert torch.equal(layer.absmax, on_disk[f"{name}.weight.absmax"])
@@ -118,8 +118,8 @@ def _replace(key, change):
 
 DAMAGES = {
     "absmax is missing": (lambda t: t.pop(f"{NAME}.absmax"), "broken or incomplete"),
-    "absmax is short": (_replace(f"{NAME}.absmax", lambda t: t[:-1]), "number of scales"),
-    "codes are short": (_replace(NAME, lambda t: t[:-1]), "number of codes"),
+    "absmax is short": (_replace(f"{NAME}.absmax", lambda t: t[:-1]), "absmax of a 4-bit weight"),
+    "codes are short": (_replace(NAME, lambda t: t[:-1]), "codes of a 4-bit weight"),
     "other values": (_replace(f"{NAME}.quant_map", lambda t: t * 2), "other values in quant_map"),
     "unknown type": (_state(quant_type="int4"), "the type is unknown"),
     "other blocks of blocks": (_state(nested_blocksize=128), "blocks of 256"),
