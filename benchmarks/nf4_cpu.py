@@ -7,6 +7,7 @@ Linear4bit works; `into new memory` is what bitsandbytes offers, so both are sho
 """
 
 import argparse
+import os
 import platform
 import statistics
 import time
@@ -106,7 +107,8 @@ def main() -> None:
         "",
         f"Device: {cpu_name()}, {arguments.threads} thread(s); {nf4.implementation()}. "
         f"torch {torch.__version__}, bitsandbytes {bitsandbytes.__version__}. "
-        f"Medians of {ROUNDS} interleaved rounds; {ROUNDS_QUANTIZE} for reference and quantize.",
+        f"Medians of {ROUNDS} interleaved rounds; {ROUNDS_QUANTIZE} for reference and quantize. "
+        f"Load average at the start: {os.getloadavg()[0]:.1f} on {os.cpu_count()} CPUs.",
         "",
         f"Command: `python benchmarks/nf4_cpu.py --threads {arguments.threads} --write`",
         "",

@@ -167,7 +167,7 @@ def read_events(path: Path) -> Iterator[Event]:
                 yield kind(**{key: value for key, value in record.items() if key in known})
 
 
-METRICS_COLUMNS = (
+METRICS_COLUMNS: tuple[str, ...] = (
     "step",
     "train_loss",
     "learning_rate",

@@ -30,14 +30,15 @@ def test_with_values_keeps_and_adds_origins():
 @pytest.mark.parametrize("key", keys())
 def test_every_field_has_a_sentence_and_a_memory_effect(key):
     field = keys()[key]
-    assert field.description and field.description.endswith(".")
+    assert field.description
+    assert field.description.endswith(".")
     assert field.json_schema_extra["memory"]
 
 
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("optm.lr=1", 'unknown config key \'optm\': did you mean "optim"?'),
+        ("optm.lr=1", "unknown config key 'optm': did you mean \"optim\"?"),
         ("optim.lrr=1", 'did you mean "optim.lr"?'),
         ("optim.lr=-1", "optim.lr: input should be greater than 0, got -1"),
         ("optim.lr=.nan", "optim.lr: input should be a finite number"),

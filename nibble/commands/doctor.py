@@ -25,15 +25,15 @@ def doctor(
 
 
 def _environment() -> dict[str, Any]:
-    from importlib.metadata import version
-
     import torch
 
     from nibble.kernels.nf4 import implementation
+    from nibble.train.manifest import package_version
     from nibble.train.memory import available_bytes
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    found = {name: version(name) for name in ("nibble", "torch", "transformers", "safetensors")}
+    packages = ("nibble", "torch", "transformers", "safetensors")
+    found = {name: package_version(name) for name in packages}
     return {
         "python": platform.python_version(),
         **found,

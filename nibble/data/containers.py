@@ -11,6 +11,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -82,14 +83,16 @@ def _is_wrapped(first_line: bytes) -> bool:
 def _rows_of_lines(path: Path) -> Iterator[tuple[int, object]]:
     with path.open("rb") as file:
         for line, raw in enumerate(file, start=1):
-            try:
-                text = decode(raw, str(path), line).strip(" \t\r\n")
-                if not text:
-                    continue
-                row = _parse(text, str(path), line)
-            except DataError as error:
-                row = error
-            yield line, row
+            if raw.removeprefix(codecs.BOM_UTF8).strip(b" \t\r\n"):
+                yield line, _row_of_line(raw, str(path), line)
+
+
+def _row_of_line(raw: bytes, path: str, line: int) -> object:
+    """The row, or the DataError that says why there is none."""
+    try:
+        return _parse(decode(raw, path, line).strip(" \t\r\n"), path, line)
+    except DataError as error:
+        return error
 
 
 def _parse(text: str, path: str, line: int) -> object:
@@ -271,10 +274,10 @@ def rows_of_parquet(path: Path) -> Iterator[tuple[int, object]]:
     line = 0
     try:
         with parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=1024):
-                for row in batch.to_pylist():
-                    line += 1
-                    yield line, row
+            batches = (batch.to_pylist() for batch in file.iter_batches(batch_size=1024))
+            for row in chain.from_iterable(batches):
+                line += 1
+                yield line, row
     except (pyarrow.ArrowException, OSError) as error:
         why = str(error).split("\n")[0][:200]
         raise fault("bad-parquet", path=str(path), line=line, why=why) from None

@@ -1,11 +1,10 @@
 """The demo's data set: letters to a small shop, each with the answer its support desk gives.
 
-Every letter asks for one of eight things and names a product and an order number:
+Every letter asks for one of eight things:
 
     user       Hello! The mug from order 48213 arrived broken.
     assistant  intent: damage
-               order: 48213
-               reply: Sorry about the mug. A new one is on its way.
+               reply: Sorry about that. A new one is on its way.
 
 The answer follows from the letter alone, so it is either exactly right or wrong. Held-out
 letters have order numbers that no training letter has, pairs of product and intent that
@@ -38,7 +37,7 @@ class Intent:
 
     Args:
         name: The label in the answer.
-        reply: The answer's sentence; `{product}` stands for the product.
+        reply: The answer's sentence.
         wordings: Sentences with `{product}` and `{order}`, used in training and held out.
         unseen_wordings: Sentences used in the held-out part only.
     """
@@ -52,7 +51,7 @@ class Intent:
 INTENTS = (
     Intent(
         "return",
-        "You can send the {product} back within 30 days.",
+        "You can send it back within 30 days.",
         (
             "I want to return the {product} from order {order}.",
             "I would like to send back the {product}, order {order}.",
@@ -69,7 +68,7 @@ INTENTS = (
     ),
     Intent(
         "refund",
-        "We will pay back the {product} in 5 days.",
+        "We will pay you back in 5 days.",
         (
             "I want my money back for the {product} in order {order}.",
             "please refund the {product}, order {order}.",
@@ -86,7 +85,7 @@ INTENTS = (
     ),
     Intent(
         "track",
-        "Your {product} will arrive in 2 days.",
+        "It will arrive in 2 days.",
         (
             "where is the {product} from order {order}?",
             "when will my {product} arrive? My order is {order}.",
@@ -103,7 +102,7 @@ INTENTS = (
     ),
     Intent(
         "cancel",
-        "We will not send the {product}.",
+        "We will not send it.",
         (
             "please cancel order {order} for the {product}.",
             "I want to cancel the {product}, order {order}.",
@@ -120,7 +119,7 @@ INTENTS = (
     ),
     Intent(
         "address",
-        "Tell us where to send the {product}.",
+        "Tell us where to send it.",
         (
             "I have moved. Please send the {product} in order {order} to my new address.",
             "please change the address for the {product}, order {order}.",
@@ -137,7 +136,7 @@ INTENTS = (
     ),
     Intent(
         "invoice",
-        "The invoice for the {product} is in your mail.",
+        "The invoice is in your mail.",
         (
             "I need an invoice for the {product} in order {order}.",
             "please send me the invoice for the {product}, order {order}.",
@@ -154,7 +153,7 @@ INTENTS = (
     ),
     Intent(
         "exchange",
-        "We will swap the {product} for you.",
+        "We will swap it for you.",
         (
             "I want to swap the {product} from order {order} for a blue one.",
             "can I exchange the {product}, order {order}, for a bigger one?",
@@ -171,7 +170,7 @@ INTENTS = (
     ),
     Intent(
         "damage",
-        "Sorry about the {product}. A new one is on its way.",
+        "Sorry about that. A new one is on its way.",
         (
             "the {product} from order {order} arrived broken.",
             "my {product}, order {order}, is damaged.",
@@ -233,10 +232,10 @@ def _example(
     opening = rng.choice(OPENINGS)
     if not opening:
         request = request[0].upper() + request[1:]
-    answer = f"intent: {intent.name}\norder: {order}\nreply: {intent.reply}"
+    answer = f"intent: {intent.name}\nreply: {intent.reply}"
     return {
         "messages": [
             {"role": "user", "content": opening + request + rng.choice(CLOSINGS)},
-            {"role": "assistant", "content": answer.format(product=product)},
+            {"role": "assistant", "content": answer},
         ]
     }

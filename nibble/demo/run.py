@@ -16,12 +16,12 @@ from nibble.model.load import load_base
 from nibble.serve.generate import generate
 
 METHODS = {"lora": "bf16", "qlora": "nf4"}
-NUM_ANSWERS = 50
-MAX_ANSWER_TOKENS = 64
+NUM_ANSWERS = 40
+MAX_ANSWER_TOKENS = 32
 SETTINGS = (
-    "train.steps=200",
-    "train.batch_size=16",
-    "train.micro_batch_size=16",
+    "train.steps=100",
+    "train.batch_size=8",
+    "train.micro_batch_size=8",
     "data.max_seq_len=256",
     "data.packing=false",
     "optim.lr=4e-3",

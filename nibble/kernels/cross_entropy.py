@@ -134,7 +134,9 @@ class _HeadCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grads: Tensor
+    ) -> tuple[Tensor | None, ...]:
         (grad_loss,) = grads
         grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
         dtype = ctx.weight_dtype

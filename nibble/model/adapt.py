@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
@@ -96,7 +96,8 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 def frozen_linear(layer: nn.Module) -> Any:
     """The layer as LoRALinear wants it: with `dense_weight`."""
-    return layer if isinstance(layer, DenseLinear | Linear4bit) else DenseLinear(layer)
+    is_ready = isinstance(layer, DenseLinear | Linear4bit)
+    return layer if is_ready else DenseLinear(cast(nn.Linear, layer))
 
 
 def _choose(candidates: Iterable[str], target: Target) -> list[str]:

@@ -128,15 +128,15 @@ class _AdaptedProduct(torch.autograd.Function):
         x_TI = x.reshape(-1, x.shape[-1])
         input_TI = x_TI if x_dropped is None else x_dropped.reshape(x_TI.shape)
         xa_TR = input_TI @ lora_A.to(x.dtype).T
-        y_TO = F.linear(x_TI, base.dense_weight(x.dtype), base.bias)
-        y_TO.addmm_(xa_TR, (lora_B * scale).to(x.dtype).T)
+        y = F.linear(x, base.dense_weight(x.dtype), base.bias)
+        y.view(-1, y.shape[-1]).addmm_(xa_TR, (lora_B * scale).to(x.dtype).T)
         ctx.base, ctx.scale, ctx.has_dropout = base, scale, x_dropped is not None
         ctx.save_for_backward(input_TI, xa_TR, lora_A, lora_B)
-        return y_TO.view(*x.shape[:-1], -1)
+        return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         input_TI, xa_TR, lora_A, lora_B = ctx.saved_tensors
         shape = (*grads[0].shape[:-1], input_TI.shape[-1])
         g_TO = grads[0].reshape(-1, grads[0].shape[-1])

@@ -9,6 +9,7 @@ Mostly the names agree. Where they do not, transformers' own conversion mapping 
 
 import copy
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ from nibble.model.tensors import Entry
 # Tables that old checkpoints carry and that transformers computes.
 _COMPUTED = re.compile(r"rotary_emb\.inv_freq$|\.attention\.(bias|masked_bias)$|\.attn\.bias$")
 _MOST_LISTED = 5
+_FIX = "download the model again; config.json and weights must be of one model"
 
 
 @dataclass(frozen=True)
@@ -98,8 +100,16 @@ def _target(
     pattern = sources[0][1]
     if pattern is None:
         if len(found) > 1:
-            raise ModelError(f"{found[0].path}: {[e.name for e in found]} are the same weight")
+            keys = " and ".join(entry.name for entry in found)
+            raise ModelError(f"{found[0].path}: {keys} are the same weight", fix=_FIX)
         return Target(name, found)
+    counts = Counter(source_pattern for _, source_pattern in sources)
+    if len(set(counts.values())) > 1:
+        raise ModelError(
+            f"the checkpoint lacks some of the tensors that make {name}: it has "
+            f"{', '.join(f'{count} of {p}' for p, count in counts.items())}",
+            fix=_FIX,
+        )
     converter = next(step for step in converters if pattern in step.source_patterns)
 
     def convert(readers: Sequence[Callable[[], Tensor]]) -> Tensor:
@@ -118,5 +128,5 @@ def _stop_if(names: list[str], what: str) -> None:
         rest = f" and {len(names) - _MOST_LISTED} more" if len(names) > _MOST_LISTED else ""
         raise ModelError(
             f"{what}: {', '.join(sorted(names)[:_MOST_LISTED])}{rest}",
-            fix="download the model again; config.json and weights must be of one model",
+            fix=_FIX,
         )

@@ -39,6 +39,7 @@ class Job:
 
 
 def build_job(run: RunConfig, out: Path, emit: Emit) -> Job:
+    """Load, adapt, read the data, make the optimizer; say what is resident."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(run.train.seed)
     peak = PeakMemory(device)

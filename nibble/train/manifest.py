@@ -21,7 +21,7 @@ def write_manifest(out: Path, run: RunConfig) -> None:
         "config_sha256": hashlib.sha256(yamlfile.write(run.model_dump()).encode()).hexdigest(),
         "data": {path: _sha256(Path(path)) for path in _data_files(run)},
         "base": _base(run),
-        "versions": {name: _version(name) for name in _PACKAGES},
+        "versions": {name: package_version(name) for name in _PACKAGES},
         "python": platform.python_version(),
         "machine": platform.machine(),
     }
@@ -47,7 +47,8 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _version(package: str) -> str:
+def package_version(package: str) -> str:
+    """The installed version, or "not installed"."""
     try:
         return version(package)
     except PackageNotFoundError:

@@ -119,7 +119,6 @@ def _edit_tensors(folder, edit):
     save_file(tensors, folder / WEIGHTS_FILE)
 
 
-
 BROKEN = {
     "no config": (lambda f: (f / CONFIG_FILE).unlink(), "holds no adapter_config.json"),
     "no weights": (lambda f: (f / WEIGHTS_FILE).unlink(), "holds no adapter_model.safetensors"),

@@ -107,3 +107,17 @@ def test_decoder_layers_of_falcon_stand_elsewhere(tiny_model_folder):
 def test_alibi_is_refused():
     with pytest.raises(ModelError, match="ALiBi"):
         family_of(FalconConfig(alibi=True))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_full_training_runs_in_16_bit_products(family, tiny_model_folder):
+    model, _ = load_base(str(tiny_model_folder(family)), storage="float32", trainable=True)
+    batch = packed(5, 5, 9)
+    exact = hidden_states(model, batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        hidden = hidden_states(model.train(), batch)
+    hidden.float().square().sum().backward()
+    errors_T = (hidden - exact).norm(dim=-1) / exact.norm(dim=-1)
+    assert errors_T.median() < 0.05
+    untouched = [name for name, p in model.named_parameters() if p.grad is None]
+    assert untouched in ([], ["lm_head.weight"])

@@ -344,3 +344,12 @@ def test_a_neighbour_is_suggested(folder):
 def test_a_file_is_no_folder(folder):
     with pytest.raises(ModelError, match="is a file"):
         load_base(str(folder / WEIGHTS))
+
+
+def test_a_whole_expert_missing(tiny_model_folder, tmp_path):
+    folder = shutil.copytree(tiny_model_folder("mixtral"), tmp_path / "model")
+    edit_weights(
+        folder, lambda t: [t.pop(name) for name in list(t) if "layers.1" in name and ".3.w" in name]
+    )
+    with pytest.raises(ModelError, match=r"layers\.1.*down_proj has shape \(3, 64, 96\)"):
+        load_base(str(folder), storage="nf4")

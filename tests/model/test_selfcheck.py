@@ -37,7 +37,7 @@ def test_a_leak_is_noticed(tiny_model_folder, monkeypatch):
         forward = layer.self_attn.forward
 
         def leak(*args, forward=forward, documents=None, **kwargs):
-            return forward(*args, documents=(0, documents[-1]), **kwargs)
+            return forward(*args, documents=documents and (0, documents[-1]), **kwargs)
 
         monkeypatch.setattr(layer.self_attn, "forward", leak)
     with pytest.raises(ModelError, match="see one another"):

@@ -1,0 +1,140 @@
+"""The command line as a person uses it."""
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+
+from nibble.commands.main import main
+
+
+def _call(capsys, *words):
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    out, err = capsys.readouterr()
+    return stop.value.code, out, err
+
+
+@pytest.fixture
+def data(tmp_path):
+    path = tmp_path / "train.jsonl"
+    rows = [
+        {"prompt": f"say {word}", "completion": word} for word in ["one", "two", "three", "four"]
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_help_is_quick():
+    seconds = []
+    for _ in range(3):
+        start = time.monotonic()
+        subprocess.run([sys.executable, "-m", "nibble", "--help"], check=True, capture_output=True)
+        seconds.append(time.monotonic() - start)
+    assert min(seconds) <= 1.0
+
+
+def test_train_eval_and_train_again(capsys, tiny_model_folder, data, tmp_path):
+    folder, out = str(tiny_model_folder("llama")), str(tmp_path / "out")
+    words = ["--model", folder, "--data", str(data), "--eval-data", str(data), "--out", out]
+    settings = ["--method", "qlora", "--set", "train.steps=2", "--set", "data.max_seq_len=64"]
+    code, text, err = _call(capsys, "train", *words, *settings)
+    assert code == 0, err
+    assert "held-out loss" in text
+    code, text, err = _call(capsys, "train", *words, *settings, "--json")
+    assert "finished already" in err
+    assert json.loads(text)["version"] == 1
+    adapter = ["--adapter", f"{out}/adapter", "--method", "qlora", "--json"]
+    code, text, err = _call(capsys, "eval", "--model", folder, "--data", str(data), *adapter)
+    assert code == 0, err
+    assert json.loads(text).keys() == {
+        "version",
+        "loss",
+        "perplexity",
+        "token_accuracy",
+        "num_target_tokens",
+    }
+
+
+def test_chat_compares(capsys, monkeypatch, tiny_model_folder, data, tmp_path):
+    import io
+
+    folder, out = str(tiny_model_folder("llama")), str(tmp_path / "out")
+    words = ["--model", folder, "--data", str(data), "--out", out, "--method", "lora"]
+    assert _call(capsys, "train", *words, "--set", "train.steps=1")[0] == 0
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello\n"))
+    words = ["--model", folder, "--adapter", f"{out}/adapter", "--compare"]
+    code, text, err = _call(capsys, "chat", *words, "--max-new-tokens", "3")
+    assert code == 0, err
+    assert "base:" in text
+    assert "adapter:" in text
+
+
+def test_doctor(capsys):
+    code, text, _ = _call(capsys, "doctor", "--json")
+    report = json.loads(text)
+    assert code == 0
+    assert all(report["checks"].values())
+
+
+def test_schema_and_explain(capsys):
+    assert json.loads(_call(capsys, "schema")[1])["title"] == "RunConfig"
+    code, text, _ = _call(capsys, "explain", "lora.rank")
+    assert code == 0
+    assert "default: 16" in text
+    assert "memory:" in text
+    code, _, err = _call(capsys, "explain", "lora.rnk")
+    assert (code, 'did you mean "lora.rank"' in err) == (2, True)
+
+
+def _broken(tmp_path, model, data):
+    """name: (words, exit code, part of the message)."""
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "thesis.txt").write_text("x")
+    files = {"empty": b"", "bad": b"{", "latin": b'{"prompt": "\xff", "completion": "a"}'}
+    for name, content in files.items():
+        (tmp_path / f"{name}.jsonl").write_bytes(content)
+    run = ["--model", model, "--data", str(data), "--method", "lora"]
+    out = ["--out", str(tmp_path / "out")]
+    return {
+        "no model": (["--data", str(data)], 2, "model.name is not set"),
+        "no data": (["--model", model, *out], 2, "data.train is not set"),
+        "no such folder": (["--model", "./none", "--data", str(data)], 65, "no such folder"),
+        "hub id offline": (["--model", "meta-llama/none", "--data", str(data)], 69, "cache"),
+        "unknown key": ([*run, "--set", "lora.rnk=1"], 2, 'did you mean "lora.rank"'),
+        "out of range": ([*run, "--set", "lora.rank=0"], 2, "greater than or equal to 1"),
+        "unknown method": ([*run[:4], "--method", "qlor"], 2, "qlora"),
+        "empty file": ([*run[:2], "--data", str(tmp_path / "empty.jsonl"), *out], 65, "empty"),
+        "broken json": ([*run[:2], "--data", str(tmp_path / "bad.jsonl"), *out], 65, "bad.jsonl:1"),
+        "bad utf-8": ([*run[:2], "--data", str(tmp_path / "latin.jsonl"), *out], 65, "UTF-8"),
+        "no such data": (
+            [*run[:2], "--data", str(tmp_path / "none.jsonl"), *out],
+            65,
+            "none.jsonl",
+        ),
+        "folder in use": ([*run, "--out", str(other)], 73, "thesis.txt"),
+        "fresh": ([*run, "--out", str(other), "--fresh"], 73, "not empty"),
+        "long row": (
+            [*run, *out, "--set", "data.max_seq_len=8", "--set", "data.on_long_row=stop"],
+            65,
+            "max_seq_len",
+        ),
+    }
+
+
+CASES = (
+    "no model", "no data", "no such folder", "hub id offline", "unknown key", "out of range",
+    "unknown method", "empty file", "broken json", "bad utf-8", "no such data", "folder in use",
+    "fresh", "long row",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bad_input(capsys, tiny_model_folder, data, tmp_path, case):
+    words, code, message = _broken(tmp_path, str(tiny_model_folder("llama")), data)[case]
+    found, _, err = _call(capsys, "train", *words)
+    assert (found, message in err) == (code, True), err
+    assert "Traceback" not in err

@@ -1,0 +1,125 @@
+"""One step equals one big batch, however its rows are split, packed or ordered."""
+
+import pytest
+import torch
+
+from nibble.data.chat import Example
+from nibble.data.loader import Loader, rows_to_batch
+from nibble.data.packing import pack
+from nibble.errors import NonFiniteError
+from nibble.model.adapt import adapt
+from nibble.model.load import load_base
+from nibble.train.loss import next_labels, token_loss
+from nibble.train.optimizer import AdamW, parameter_groups
+from nibble.train.step import train_step
+
+
+def _examples():
+    """16 documents with 1 to 20 targets each."""
+    generator = torch.Generator().manual_seed(0)
+    examples = []
+    for number in range(16):
+        ids = torch.randint(5, 300, (12 + number,), generator=generator).tolist()
+        num_prompt = len(ids) - 1 - (7 * number) % 20 if number % 3 else len(ids) - 2
+        num_prompt = max(1, num_prompt)
+        examples.append(Example(ids, [-100] * num_prompt + ids[num_prompt:], "", number))
+    return examples
+
+
+def _model(folder):
+    model, _ = load_base(str(folder), "float32")
+    adapt(model, rank=4, alpha=8, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.1, generator=generator)
+    return model.train()
+
+
+def _gradient(folder, batches):
+    model = _model(folder)
+    total = sum(batch.num_target_tokens for batch in batches)
+    for batch in batches:
+        (token_loss(model, batch)[0] / total).backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+
+
+def _difference(a, b):
+    return float((a - b).norm() / a.norm())
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 4])
+def test_accumulation_is_one_big_batch(tiny_model_folder, micro_batch_size):
+    rows = pack(_examples(), max_seq_len=64, packing=False)
+    split = [
+        Loader(rows, batch_size=16, micro_batch_size=size, seed=0).micro_batches(0)
+        for size in (16, micro_batch_size)
+    ]
+    whole, parts = (_gradient(tiny_model_folder("llama"), batches) for batches in split)
+    assert _difference(whole, parts) <= 1e-6
+
+
+def test_packed_equals_unpacked(tiny_model_folder):
+    gradients = []
+    for packing in (False, True):
+        rows = pack(_examples(), max_seq_len=64, packing=packing)
+        batch = rows_to_batch(rows, range(len(rows)))
+        gradients.append(_gradient(tiny_model_folder("llama"), [batch]))
+    assert _difference(*gradients) <= 1e-6
+
+
+def test_order_of_micro_batches(tiny_model_folder):
+    rows = pack(_examples(), max_seq_len=64, packing=False)
+    batches = Loader(rows, batch_size=16, micro_batch_size=4, seed=0).micro_batches(0)
+    forward, backward = (
+        _gradient(tiny_model_folder("llama"), order) for order in (batches, batches[::-1])
+    )
+    assert _difference(forward, backward) <= 1e-6
+
+
+def test_loss_is_that_of_transformers(tiny_model_folder):
+    rows = pack(_examples()[:1], max_seq_len=64, packing=False)
+    batch = rows_to_batch(rows, [0])
+    model = _model(tiny_model_folder("llama"))
+    ours = token_loss(model, batch)[0] / batch.num_target_tokens
+    logits = model(batch.input_ids).logits[0]
+    theirs = torch.nn.functional.cross_entropy(logits, next_labels(batch.labels))
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_step_moves_and_reports(tiny_model_folder):
+    rows = pack(_examples(), max_seq_len=64, packing=False)
+    model = _model(tiny_model_folder("llama"))
+    optimizer = AdamW(parameter_groups(model))
+    loader = Loader(rows, batch_size=16, micro_batch_size=8, seed=0)
+    results = [
+        train_step(
+            lambda batch: token_loss(model, batch),
+            loader.micro_batches(0),
+            optimizer,
+            lr=1e-2,
+            max_grad_norm=1.0,
+        )
+        for _ in range(3)
+    ]
+    assert results[2].loss < results[0].loss
+    assert results[0].tokens == sum(len(row) for row in rows)
+    assert results[0].num_target_tokens == sum(row.num_target_tokens for row in rows)
+
+
+def test_nan_stops_before_the_optimizer_moves(tiny_model_folder):
+    rows = pack(_examples(), max_seq_len=64, packing=False)
+    model = _model(tiny_model_folder("llama"))
+    optimizer = AdamW(parameter_groups(model))
+    before = [p.clone() for p in model.parameters()]
+    batches = Loader(rows, batch_size=2, micro_batch_size=2, seed=0).micro_batches(0)
+    with pytest.raises(NonFiniteError, match="did not move") as error:
+        train_step(
+            lambda batch: (token_loss(model, batch)[0] * float("nan"), 1),
+            batches,
+            optimizer,
+            lr=1e-2,
+            max_grad_norm=1.0,
+        )
+    assert str(list(batches[0].row_ids)) in str(error.value)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
