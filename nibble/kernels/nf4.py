@@ -12,6 +12,7 @@ from math import prod
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import Parameter
 
 from nibble.errors import ModelError, UsageError
 from nibble.kernels import nf4_cpu
@@ -123,7 +124,7 @@ def dequantize(
         UsageError: If the range lies outside the weight, or `out` or `dtype` does not fit.
     """
     out_flat, shape = _prepare_out(q, dtype=dtype, out=out, start=start, count=count)
-    library = _library(q.codes.device)
+    library = _library(q.codes, out_flat)
     if library is None:
         decode_reference(q, out_flat, start)
     else:
@@ -134,8 +135,8 @@ def dequantize(
 def dequantize_slice(
     q: Quantized,
     index: int,
-    dtype: torch.dtype = torch.bfloat16,
     *,
+    dtype: torch.dtype = torch.bfloat16,
     out: Tensor | None = None,
 ) -> Tensor:
     """One entry of the first dimension, such as one expert of (E, O, I): `weight[index]`."""
@@ -200,7 +201,7 @@ def _encode(
     measure: bool = True,
 ) -> None:
     """`encode_reference`, by the fastest code and with little temporary memory."""
-    library = _library(flat.device)
+    library = _library(flat, codes)
     is_direct = library is not None and flat.dtype in (torch.float32, torch.bfloat16)
     chunk = flat.numel() if is_direct else CHUNK
     encode = encode_reference if library is None else library.encode
@@ -255,5 +256,7 @@ def _levels(values: Tensor, scale_N: Tensor, type: str, block_size: int) -> Tens
     return dequantize(unit, dtype=torch.float32)
 
 
-def _library(device: torch.device) -> nf4_cpu.Library | None:
-    return nf4_cpu.load() if device.type == "cpu" else None
+def _library(*parts: Tensor) -> nf4_cpu.Library | None:
+    """The compiled code if all parts are plain memory of a CPU; fake tensors have no memory."""
+    is_plain = all(type(t) in (Tensor, Parameter) and t.device.type == "cpu" for t in parts)
+    return nf4_cpu.load() if is_plain else None

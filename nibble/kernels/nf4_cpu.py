@@ -145,8 +145,8 @@ def load() -> Library | None:
         library = _load_or_build()
     except (OSError, subprocess.SubprocessError) as error:
         _logger.warning(
-            "4-bit weights use the slow torch reference: %s could not be compiled (%s); "
-            "install a C compiler (gcc or clang) to change that",
+            "4-bit weights use the slow torch reference: %s could not be compiled (%s); this needs "
+            "a C compiler (gcc or clang) and a cache folder to write to (XDG_CACHE_HOME)",
             SOURCE.name,
             _reason(error),
         )
@@ -232,7 +232,10 @@ def _compiler() -> str:
 
 def _cache_folder() -> Path:
     root = os.environ.get("XDG_CACHE_HOME")
-    return (Path(root) if root else Path.home() / ".cache") / "nibble"
+    try:
+        return (Path(root) if root else Path.home() / ".cache") / "nibble"
+    except RuntimeError as error:
+        raise FileNotFoundError("this user has no home folder") from error
 
 
 def _build_key(compiler: str) -> str:

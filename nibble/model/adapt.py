@@ -84,7 +84,8 @@ def adapt(
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Every layer that can be adapted, by name, in the order of the model; the head excepted."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    get_head = getattr(model, "get_output_embeddings", None)
+    head = get_head() if callable(get_head) else None
     kinds = (nn.Linear, Conv1D, DenseLinear, Linear4bit, Experts)
     found: dict[str, nn.Module] = {}
     for name, module in model.named_modules():

@@ -73,7 +73,7 @@ class ExpertWeight(nn.Module):
         if q is None:
             return self.weight[expert].to(dtype)
         out = scratch(q.codes.device, dtype, prod(self.shape[1:]))
-        return dequantize_slice(q, expert, dtype, out=out)
+        return dequantize_slice(q, expert, dtype=dtype, out=out)
 
     def factors(self) -> list[tuple[Tensor, Tensor]]:
         """Every expert's A (R, I) and B (O, R); nothing without an update."""

@@ -130,11 +130,10 @@ def _fill(buffer: Tensor, entry: Entry) -> Tensor:
     try:
         with entry.path.open("rb", buffering=0) as file:
             file.seek(entry.start)
-            while done < entry.num_bytes:
-                count = file.readinto(view[done:])
-                if not count:
-                    raise ModelError(f"{entry.path} is cut off in {entry.name!r}", fix=_FIX)
+            while count := file.readinto(view[done:]):
                 done += count
     except OSError as error:
         raise DiskError(f"{entry.path} cannot be read: {error.strerror}") from None
+    if done < entry.num_bytes:
+        raise ModelError(f"{entry.path} is cut off in {entry.name!r}", fix=_FIX)
     return buffer.view(entry.dtype).view(entry.shape)

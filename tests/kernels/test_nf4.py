@@ -1,5 +1,6 @@
 """quantize and dequantize: bit-equal to bitsandbytes, and to an own formula where that is wrong."""
 
+import dataclasses
 from pathlib import Path
 
 import bitsandbytes.functional as bnb
@@ -8,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nibble.errors import ModelError, UsageError
 from nibble.kernels import nf4, nf4_cpu
@@ -137,6 +139,21 @@ def test_slice_is_one_expert(shape):
     whole = nf4.dequantize(q)
     for index in range(shape[0]):
         assert torch.equal(nf4.dequantize_slice(q, index), whole[index])
+
+
+def test_tensors_without_memory_never_reach_the_compiled_code():
+    q = nf4.quantize(torch.randn(8, 70))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        fake = nf4.dequantize(q)
+    meta = dataclasses.replace(
+        q,
+        **{
+            name: getattr(q, name).to("meta")
+            for name in ("codes", "absmax", "nested_absmax", "offset")
+        },
+    )
+    for got in (fake, nf4.dequantize(meta)):
+        assert (got.shape, got.dtype) == ((8, 70), torch.bfloat16)
 
 
 def test_out_is_written_in_place():

@@ -112,6 +112,27 @@ def test_no_compiler_falls_back(fresh, monkeypatch, caplog):
     assert "no C compiler" in caplog.text
 
 
+def test_user_without_a_home_falls_back(fresh, monkeypatch, caplog):
+    def fail() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(nf4_cpu.Path, "home", fail)
+    monkeypatch.setattr(nf4_cpu, "_compiler", lambda: sys.executable)
+    monkeypatch.setattr(logging.getLogger("nibble"), "propagate", True)
+    assert nf4_cpu.load() is None
+    assert "no home folder" in caplog.text
+
+
+def test_cache_folder_that_cannot_be_made_falls_back(fresh, monkeypatch, caplog):
+    (fresh / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(fresh / "file"))
+    monkeypatch.setattr(nf4_cpu, "_compiler", lambda: sys.executable)
+    monkeypatch.setattr(logging.getLogger("nibble"), "propagate", True)
+    assert nf4_cpu.load() is None
+    assert "XDG_CACHE_HOME" in caplog.text
+
+
 @needs_compiler
 def test_damaged_library_is_built_again(fresh):
     path = fresh / "nibble" / f"nf4_cpu-{nf4_cpu._build_key(nf4_cpu._compiler())}.so"

@@ -170,13 +170,15 @@ def test_recomputation_gives_the_same_gradient():
 
 def test_no_dense_copy_stays_alive(monkeypatch):
     monkeypatch.setattr(linear4bit, "_SCRATCH", {})
+    before = {id(t) for t in gc.get_objects()}
     layers = [Linear4bit.from_dense(torch.randn(128, 128)) for _ in range(4)]
     x = torch.randn(2, 128, requires_grad=True)
     y = x
     for layer in layers:
         y = layer(y)
     gc.collect()
-    tensors = [t for t in gc.get_objects() if type(t) is torch.Tensor]
+    new = [t for t in gc.get_objects() if id(t) not in before]
+    tensors = [t for t in new if type(t) is torch.Tensor]
     dense = [t for t in tensors if t.is_floating_point() and t.numel() == 128 * 128]
     assert len({t.untyped_storage().data_ptr() for t in dense}) <= 1
 

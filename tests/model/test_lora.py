@@ -92,5 +92,5 @@ def test_rslora_scale():
 
 @pytest.mark.parametrize("values", [{"rank": 0}, {"dropout": 1.0}, {"dropout": -0.1}])
 def test_bad_arguments(values):
-    with pytest.raises(ValueError, match="rank|dropout"):
+    with pytest.raises(ValueError, match=r"rank|dropout"):
         LoRALinear(DenseLinear(nn.Linear(4, 4)), **{"rank": 1, "alpha": 1, **values})

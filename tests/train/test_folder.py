@@ -37,7 +37,7 @@ def test_another_config_in_the_folder(tmp_path):
     with folder.run_folder(_run(tmp_path / "a")):
         pass
     with (
-        pytest.raises(FolderInUseError, match="lora.rank: 16 -> 8"),
+        pytest.raises(FolderInUseError, match=r"lora\.rank: 16 -> 8"),
         folder.run_folder(_run(tmp_path / "a", "lora.rank=8")),
     ):
         pass
