@@ -35,7 +35,7 @@ SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>")
 END_OF_TEXT, IM_END, PAD = 0, 2, 3
 VOCAB_SIZE = 2048
 ROW_TOKENS = 128
-ROWS_PER_STEP = 8
+ROWS_PER_STEP = 16
 PROSE_SHARE = 0.125
 CONTEXT = 512
 CHAT_TEMPLATE = (
@@ -346,16 +346,6 @@ def _words(rng: random.Random) -> str:
     return " ".join(rng.choice(THINGS + COLOURS + NAMES) for _ in range(rng.randint(1, 5)))
 
 
-def recite(rng: random.Random) -> Turns:
-    """A long list said again: the densest lesson in copying."""
-    said = " ".join(
-        rng.choice((_number, _words, lambda r: r.choice(FOODS)))(rng)
-        for _ in range(rng.randint(4, 9))
-    )
-    ask = rng.choice(("Repeat: {}", "Again: {}", "Read this to me: {}", "{}\nSay that again."))
-    return [("user", ask.format(said)), ("assistant", said)]
-
-
 def look_up(rng: random.Random) -> Turns:
     """Which value stands beside which key."""
     keys = rng.sample(rng.choice((THINGS, NAMES, COLOURS, ANIMALS)), rng.randint(2, 4))
@@ -462,8 +452,8 @@ def choose(rng: random.Random) -> Turns:
     return [("user", f"{listed}. {ask}"), ("assistant", answer)]
 
 
-DIALOGUES = (recite, recite, recite, repeat, look_up, look_up, extract, extract, extract, classify,
-             remember, state, state, know, choose)  # fmt: skip
+DIALOGUES = (repeat, look_up, look_up, extract, extract, extract, classify, remember, state, state,
+             know, choose)  # fmt: skip
 
 
 def dialogue_text(rng: random.Random) -> str:
@@ -558,7 +548,7 @@ def build_model() -> LlamaForCausalLM:
     config = LlamaConfig(
         vocab_size=VOCAB_SIZE,
         hidden_size=192,
-        intermediate_size=384,
+        intermediate_size=512,
         num_hidden_layers=4,
         num_attention_heads=6,
         num_key_value_heads=2,
