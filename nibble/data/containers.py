@@ -287,7 +287,7 @@ def rows_of_hub(source: str) -> Iterator[tuple[int, object]]:
     """The rows of a hub data set `owner/name[:split]` (split: train)."""
     name, _, split = source.partition(":")
     try:
-        import datasets
+        import datasets  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise UnavailableError(
             f'"{source}" is no file here; reading it from the hub needs the package datasets',
