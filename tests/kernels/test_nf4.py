@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from unittest import mock
 
 import bitsandbytes.functional as bnb
 import numpy as np
@@ -13,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nibble.errors import ModelError, UsageError
 from nibble.kernels import nf4, nf4_cpu
+from nibble.kernels.nf4_reference import bounds
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHAPES = st.one_of(
@@ -71,6 +73,10 @@ def test_equals_bitsandbytes(weight, type, double):
     )
     assert torch.equal(q.codes, codes.view(-1))
     assert torch.equal(q.absmax, state.absmax)
+    with mock.patch.object(nf4_cpu, "load", return_value=None):
+        plain = nf4.quantize(weight, type=type, double=double)
+    assert torch.equal(plain.codes, q.codes)
+    assert torch.equal(plain.absmax, q.absmax)
     if double:
         assert torch.equal(q.nested_absmax, state.state2.absmax)
         assert torch.equal(q.offset, state.offset.view(1))
@@ -86,6 +92,19 @@ def test_equals_bitsandbytes(weight, type, double):
             is_subnormal = expected.abs() < torch.finfo(torch.float32).tiny
             is_flushed = (oracle == 0) & is_subnormal & (dtype == torch.bfloat16)
             assert torch.equal(got.where(~is_flushed, 0), oracle.where(~is_flushed, 0))
+
+
+@pytest.mark.parametrize("type", ["nf4", "fp4"])
+def test_values_beside_a_bound_equal_bitsandbytes(type):
+    # A full block, and a last and shorter one, which is rounded in another way.
+    bound, infinity = bounds(type), torch.tensor(float("inf"))
+    generator = torch.Generator().manual_seed(0)
+    for scale in 10 ** (torch.rand(200, generator=generator) * 60 - 30):
+        at = bound * scale
+        near = torch.cat([at, at.nextafter(infinity), at.nextafter(-infinity), scale.view(1)])
+        weight = torch.cat([near, torch.zeros(64 - near.numel()), near])
+        codes, _ = bnb.quantize_4bit(weight, quant_type=type, blocksize=64)
+        assert torch.equal(nf4.quantize(weight, type=type).codes, codes.view(-1))
 
 
 @settings(max_examples=50, deadline=None)

@@ -89,6 +89,13 @@ def test_equals_dense_linear_on_the_dequantised_weight(bias, dtype, options):
     assert torch.equal(results[0][1], results[1][1])
 
 
+def test_bias_of_another_dtype_is_cast():
+    layer = Linear4bit.from_dense(torch.randn(48, 96), torch.randn(48))
+    x = torch.randn(3, 96, dtype=torch.bfloat16)
+    expected = F.linear(x, layer.dense_weight().clone(), layer.bias.to(torch.bfloat16))
+    assert torch.equal(layer(x), expected)
+
+
 def test_from_quantized_and_back():
     q = quantize(torch.randn(48, 96))
     layer = Linear4bit.from_quantized(q, torch.zeros(48, dtype=torch.bfloat16))
