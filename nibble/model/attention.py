@@ -224,8 +224,8 @@ def _join(states: Tensor) -> Tensor:
 def _band(num_queries: int, num_keys: int, window: int | None, device: torch.device) -> Tensor:
     """True where a query sees a key; the last query stands at the last key.
 
-    3 queries, 4 keys, window 2: [[0 1 1 0] [0 0 1 1]] of the last two rows; a query at position p
-    sees the keys p - window + 1 .. p.
+    A query at position p sees the keys p - window + 1 .. p: 2 queries, 4 keys, window 2 give
+    [[0, 1, 1, 0], [0, 0, 1, 1]].
     """
     offset = num_keys - num_queries
     mask = torch.ones(num_queries, num_keys, dtype=torch.bool, device=device).tril(offset)

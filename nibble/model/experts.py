@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+from transformers.integrations import moe
 
 from nibble.kernels.nf4 import Quantized, dequantize_slice
 from nibble.model.linear4bit import scratch
@@ -25,7 +26,13 @@ def is_experts(module: nn.Module) -> bool:
     has_parts = all(getattr(getattr(module, part, None), "ndim", 0) == 3 for part in PARTS)
     has_more = len(list(module.parameters())) != len(PARTS)
     is_other = getattr(module, "is_transposed", False) or not hasattr(module, "act_fn")
-    return has_parts and not has_more and not is_other
+    is_interleaved = not getattr(module, "is_concatenated", True)
+    # transformers gives a class without a gate function of its own a shared one; others clamp.
+    gate: Any = getattr(module, "_apply_gate", None)
+    is_gated_otherwise = gate is not None and gate.__func__ is not getattr(
+        moe, "_default_apply_gate", 0
+    )
+    return has_parts and not (has_more or is_other or is_interleaved or is_gated_otherwise)
 
 
 class ExpertWeight(nn.Module):

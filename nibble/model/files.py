@@ -62,7 +62,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise ModelError(
             f"{folder} holds no {CONFIG_FILE}", fix="give a folder in the transformers layout"
         ) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ModelError(
             f"{path} is not valid JSON: {error}", fix="download config.json again"
         ) from None
@@ -109,7 +109,7 @@ def _read_shards(folder: Path) -> dict[str, Entry]:
     try:
         weight_map = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))["weight_map"]
         shards = sorted({Path(shard).name for shard in weight_map.values()})
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ModelError(
             f"{folder / INDEX_FILE} is broken: {error}", fix="download the file again"
         ) from None

@@ -11,6 +11,7 @@ At no time is more than one tensor in memory beside the result.
 
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -71,12 +72,14 @@ def load_base(
     folder = find_model(str(name), revision)
     values = read_config(folder)
     if check_quantization(values):
-        stored = _storage_of_checkpoint(stored, storage)
+        stored = _storage_of_checkpoint(stored, storage, values)
+    entries = read_index(folder)
+    _check_depth(values, entries)
     config = build_config(values)
     tokenizer = _load_tokenizer(folder, config)
     model = build_skeleton(config, stored.dtype)
     _load_generation_config(model, folder)
-    _load_weights(model, folder, stored, torch.device(device or "cpu"))
+    _load_weights(model, folder, entries, stored, torch.device(device or "cpu"))
     model.name_or_path = str(name)
     model.eval()
     if not family_of(config).is_first_class:
@@ -104,20 +107,41 @@ def _build_storage(
     return Storage(dtype, quant={**settings, **(quant or {}), "type": storage})
 
 
-def _storage_of_checkpoint(asked: Storage, storage: str) -> Storage:
-    """What a checkpoint in 4 bits is loaded as: its codes as they are, the rest in `dtype`."""
+def _storage_of_checkpoint(asked: Storage, storage: str, config: Mapping[str, Any]) -> Storage:
+    """What a checkpoint in 4 bits is loaded as: its codes as they are, the rest as asked.
+
+    bitsandbytes leaves experts in 16 bits: they are quantised here. What the checkpoint was told
+    to skip stays as it is.
+    """
     if asked.quant is None:
         raise UsageError(
             f'the checkpoint is stored in 4 bits and cannot be loaded with storage="{storage}"',
             fix='use method qlora (storage="nf4"), or the 16-bit checkpoint',
         )
-    return Storage(asked.dtype)
+    skipped = config["quantization_config"].get("llm_int8_skip_modules")
+    kept = tuple(map(str, skipped)) if isinstance(skipped, list) else ()
+    return replace(asked, kept=kept)
+
+
+def _check_depth(config: Mapping[str, Any], entries: Mapping[str, Entry]) -> None:
+    """A layer has a tensor at least: a number of layers beyond that would only fill memory."""
+    for key in ("num_hidden_layers", "num_layers", "n_layer", "n_layers"):
+        count = config.get(key)
+        if isinstance(count, int) and count > len(entries):
+            raise ModelError(
+                f"config.json says {key}: {count}, but the checkpoint has {len(entries)} tensors",
+                fix="config.json and weights must be of one model",
+            )
 
 
 def _load_weights(
-    model: PreTrainedModel, folder: Path, storage: Storage, device: torch.device
+    model: PreTrainedModel,
+    folder: Path,
+    stored: Mapping[str, Entry],
+    storage: Storage,
+    device: torch.device,
 ) -> None:
-    entries, quantized = split_quantized(read_index(folder))
+    entries, quantized = split_quantized(stored)
     reader, placer = TensorReader(entries.values()), Placer(model, storage, device)
     ties, late = tied_names(model), []
     for target in match_names(model, entries, folder):

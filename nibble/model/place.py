@@ -28,11 +28,13 @@ class Storage:
         dtype: Type of all that is not in 4 bits.
         is_trainable: Leave transformers' own layers in place, with gradients.
         quant: Arguments of `quantize` for linear layers and experts; None keeps them in `dtype`.
+        kept: Layers that stay in `dtype` all the same: first or last parts of their names.
     """
 
     dtype: torch.dtype
     is_trainable: bool = False
     quant: Mapping[str, Any] | None = None
+    kept: tuple[str, ...] = ()
 
 
 class Placer:
@@ -46,9 +48,13 @@ class Placer:
 
     def needs_copy(self, name: str) -> bool:
         """Whether the tensor given to `place` under this name becomes part of the model."""
-        return self.storage.quant is None or not (
-            self._is_linear_weight(name) or self._is_expert_part(name)
+        path = f".{name.rpartition('.')[0]}."
+        is_kept = any(
+            path.startswith(f".{k}.") or path.endswith(f".{k}.") for k in self.storage.kept
         )
+        if self.storage.quant is None or is_kept:
+            return True
+        return not (self._is_linear_weight(name) or self._is_expert_part(name))
 
     def place(self, name: str, value: Tensor) -> None:
         """Store one parameter or buffer.

@@ -13,7 +13,9 @@ Source:
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from math import prod
+from operator import index
 from pathlib import Path
 from typing import Any
 
@@ -72,15 +74,13 @@ def read_entries(path: Path) -> dict[str, Entry]:
             header = json.loads(file.read(length))
     except OSError as error:
         raise DiskError(f"{path} cannot be read: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ModelError(f"{path} has a broken header: {error}", fix=_FIX) from None
     if not isinstance(header, dict):
         raise ModelError(f"{path} has a broken header: expected an object", fix=_FIX)
     header.pop("__metadata__", None)
     entries = {name: _entry(path, name, value, 8 + length) for name, value in header.items()}
-    end = max((entry.start + entry.num_bytes for entry in entries.values()), default=size)
-    if end > size:
-        raise ModelError(f"{path} is cut off: it has {size} bytes, expected {end}", fix=_FIX)
+    _check_layout(path, entries, first=8 + length, size=size)
     return entries
 
 
@@ -113,10 +113,22 @@ def check_finite(name: str, tensor: Tensor) -> None:
         )
 
 
+def _check_layout(path: Path, entries: dict[str, Entry], *, first: int, size: int) -> None:
+    """The values follow one another from the header to the end of the file, as the format asks."""
+    spans = sorted((entry.start, entry.start + entry.num_bytes) for entry in entries.values())
+    end = max((stop for _, stop in spans), default=first)
+    if end > size:
+        raise ModelError(f"{path} is cut off: it has {size} bytes, expected {end}", fix=_FIX)
+    if end < size:
+        raise ModelError(f"{path} has {size - end} bytes more than its header says", fix=_FIX)
+    if any(start != stop for (_, stop), (start, _) in pairwise([(0, first), *spans])):
+        raise ModelError(f"{path} has tensors that overlap or leave gaps", fix=_FIX)
+
+
 def _entry(path: Path, name: str, value: Any, base: int) -> Entry:
     try:
-        dtype, (start, stop) = _DTYPES[value["dtype"]], value["data_offsets"]
-        entry = Entry(path, name, dtype, tuple(map(int, value["shape"])), base + int(start))
+        dtype, (start, stop) = _DTYPES[value["dtype"]], map(index, value["data_offsets"])
+        entry = Entry(path, name, dtype, tuple(map(index, value["shape"])), base + start)
     except (KeyError, TypeError, ValueError):
         raise ModelError(f"{path}: the header's entry for {name!r} is broken", fix=_FIX) from None
     if start < 0 or stop - start != entry.num_bytes or min(entry.shape, default=0) < 0:

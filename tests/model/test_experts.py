@@ -55,6 +55,21 @@ def weights_of(reference):
     return {part: getattr(reference, part).detach() for part in PARTS}
 
 
+def test_experts_with_a_gate_of_their_own_are_left_to_transformers():
+    class ClampedExperts(MixtralExperts):
+        def _apply_gate(self, gate_up):
+            gate, up = gate_up.clamp(-1, 1).chunk(2, dim=-1)
+            return self.act_fn(gate) * up
+
+    reference = random_experts()
+    assert is_experts(reference)
+    reference.__class__ = ClampedExperts
+    assert not is_experts(reference)
+    reference = random_experts()
+    reference.is_concatenated = False
+    assert not is_experts(reference)
+
+
 @pytest.mark.parametrize("make", [mixtral_experts, qwen_experts])
 def test_forward_and_gradient_equal_transformers(make):
     reference = random_experts(make)

@@ -62,7 +62,9 @@ def test_config_without_what_could_name_code(tmp_path):
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("content", [b"\xff\xfe\x00", b"{", b"null", b'{"model_type": 3}'])
+@pytest.mark.parametrize(
+    "content", [b"\xff\xfe\x00", b"{", b"null", b'{"model_type": 3}', b"[" * 100_000]
+)
 def test_config_that_is_none(content, tmp_path):
     (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(ModelError, match=r"config\.json"):

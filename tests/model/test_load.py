@@ -280,6 +280,11 @@ BROKEN = {
     "truncated shard": (_truncate_shard, "model-1.safetensors is cut off"),
     "missing index": (_lose_index, "no model.safetensors.index.json"),
     "garbled index": (_garble_index, "index.json is broken"),
+    "index nested without end": (
+        _rewrite("model.safetensors.index.json", "[" * 100_000),
+        "index.json is broken",
+    ),
+    "a million layers": (_config(num_hidden_layers=10**6), "the checkpoint has 21 tensors"),
     "missing tensor": (_weights(lambda t: t.pop(Q_PROJ)), f"lacks tensors of llama: {Q_PROJ}"),
     "unexpected tensor": (
         _set("model.layers.0.extra.weight", lambda _: torch.ones(2)),

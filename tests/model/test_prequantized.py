@@ -97,6 +97,20 @@ def test_asked_for_in_16_bits_it_is_refused(stored, storage):
         load_base(str(stored("nf4")[0]), storage=storage)
 
 
+def test_what_bitsandbytes_left_in_16_bits_is_quantised(tiny_model_folder, tmp_path):
+    folder = shutil.copytree(tiny_model_folder("mixtral"), tmp_path / "mixtral")
+    config = json.loads((folder / "config.json").read_text())
+    section = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    config["quantization_config"] = section | {"llm_int8_skip_modules": ["lm_head", "k_proj"]}
+    (folder / "config.json").write_text(json.dumps(config))
+    model, _ = load_base(str(folder), storage="nf4")
+    layer = model.model.layers[0]
+    assert layer.mlp.experts.gate_up_proj.quantized is not None
+    assert isinstance(layer.self_attn.q_proj, Linear4bit)
+    assert layer.self_attn.k_proj.weight.dtype == torch.bfloat16
+    assert "bfloat16 experts" not in resident_bytes(model)
+
+
 NAME = "model.layers.0.mlp.up_proj.weight"
 STATE = f"{NAME}.quant_state.bitsandbytes__nf4"
 

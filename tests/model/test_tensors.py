@@ -66,8 +66,37 @@ BROKEN_HEADERS = {
     "sizes differ": ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}, "do not agree"),
     "negative": ({"a": {"dtype": "F32", "shape": [-1], "data_offsets": [4, 0]}}, "do not agree"),
     "outside": ({"a": {"dtype": "F32", "shape": [1], "data_offsets": [-4, 0]}}, "do not agree"),
+    "text for an offset": (
+        {"a": {"dtype": "F32", "shape": [1], "data_offsets": ["0", 4]}},
+        "entry for 'a'",
+    ),
+    "infinite size": (
+        {"a": {"dtype": "F32", "shape": [float("inf")], "data_offsets": [0, 4]}},
+        "entry for 'a'",
+    ),
+    "broken size": (
+        {"a": {"dtype": "F32", "shape": [1.5], "data_offsets": [0, 4]}},
+        "entry for 'a'",
+    ),
+    "too deep": (b"[" * 100_000, "broken header"),
     "cut off": ({"a": {"dtype": "F32", "shape": [9], "data_offsets": [0, 36]}}, "is cut off"),
 }
+
+
+@pytest.mark.parametrize(
+    ("first", "size", "fragment"),
+    [(0, 8, "overlap or leave gaps"), (8, 12, "overlap or leave gaps"), (4, 12, "4 bytes more")],
+)
+def test_values_follow_one_another_to_the_end(first, size, fragment, tmp_path):
+    header = {
+        "a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]},
+        "b": {"dtype": "F32", "shape": [1], "data_offsets": [first, first + 4]},
+    }
+    if first == 0:
+        header["c"] = {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}
+    path = write_header(tmp_path / "model.safetensors", header, bytes(size))
+    with pytest.raises(ModelError, match=fragment):
+        read_entries(path)
 
 
 @pytest.mark.parametrize("case", BROKEN_HEADERS)
