@@ -5,12 +5,13 @@ from typing import Annotated
 
 import typer
 
-from nibble.config import RunConfig, keys
 from nibble.errors import UsageError, did_you_mean
 
 
 def schema() -> None:
     """Print the JSON Schema of the config."""
+    from nibble.config import RunConfig
+
     typer.echo(json.dumps(RunConfig.model_json_schema(), indent=2))
 
 
@@ -20,6 +21,8 @@ def explain(
     ] = "",
 ) -> None:
     """Say what a config key means, its default, its range and its effect on memory."""
+    from nibble.config import RunConfig, keys
+
     known = keys()
     if not key:
         for name, field in known.items():

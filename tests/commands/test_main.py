@@ -1,9 +1,9 @@
 """The command line as a person uses it."""
 
 import json
+import resource
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -28,12 +28,16 @@ def data(tmp_path):
 
 
 def test_help_is_quick():
+    """Processor time, which other work on the machine does not stretch; half a second at most."""
+    command = [sys.executable, "-m", "nibble", "--help"]
     seconds = []
     for _ in range(3):
-        start = time.monotonic()
-        subprocess.run([sys.executable, "-m", "nibble", "--help"], check=True, capture_output=True)
-        seconds.append(time.monotonic() - start)
-    assert min(seconds) <= 1.0
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run(command, check=True, capture_output=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        user, system = after.ru_utime - before.ru_utime, after.ru_stime - before.ru_stime
+        seconds.append(user + system)
+    assert min(seconds) <= 0.5
 
 
 def test_train_eval_and_train_again(capsys, tiny_model_folder, data, tmp_path):
