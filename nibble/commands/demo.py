@@ -17,7 +17,7 @@ NUM_SHOWN = 3
 def demo(
     out: Annotated[str, typer.Option(help="Folder of the two runs; must be empty.")] = "",
 ) -> None:
-    """Train LoRA and QLoRA on a tiny base and show what each learnt (about a minute)."""
+    """Train LoRA and QLoRA on a tiny base and show what each learnt (a few minutes)."""
     from rich.console import Console
 
     from nibble.demo import BASE_FOLDER
