@@ -17,6 +17,7 @@ RUN_FILE = "run.yaml"
 EVENTS_FILE = "events.jsonl"
 METRICS_FILE = "metrics.csv"
 LOCK_FILE = ".lock"
+CHECKPOINTS = "checkpoints"
 FINISHED = "finished"
 
 
@@ -119,7 +120,8 @@ def _check_content(folder: Path, run: RunConfig) -> None:
             fix="choose another --out or empty the folder",
         )
     changed = changed_keys(old, run) if old is not None else {}
-    if changed:
+    # Before its first checkpoint a run has nothing to lose: a wrong path can be corrected.
+    if changed and CHECKPOINTS in names:
         listed = ", ".join(f"{key}: {a!r} -> {b!r}" for key, (a, b) in list(changed.items())[:5])
         raise FolderInUseError(
             f"{folder} holds a run with another config ({listed})",

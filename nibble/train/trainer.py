@@ -264,7 +264,7 @@ def _identity(run: RunConfig) -> str:
 
 
 def _checkpoints(job: Job) -> Path:
-    return job.out / "checkpoints"
+    return job.out / folder.CHECKPOINTS
 
 
 def _is_due(every: int | None, step: int) -> bool:

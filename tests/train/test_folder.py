@@ -34,13 +34,21 @@ def test_something_else_in_the_folder(tmp_path):
 
 
 def test_another_config_in_the_folder(tmp_path):
-    with folder.run_folder(_run(tmp_path / "a")):
-        pass
+    with folder.run_folder(_run(tmp_path / "a")) as out:
+        (out / "checkpoints").mkdir()
     with (
         pytest.raises(FolderInUseError, match=r"lora\.rank: 16 -> 8"),
         folder.run_folder(_run(tmp_path / "a", "lora.rank=8")),
     ):
         pass
+
+
+def test_a_run_that_never_saved_can_be_corrected(tmp_path):
+    with folder.run_folder(_run(tmp_path / "a", "data.train=typo.jsonl")):
+        pass
+    right = _run(tmp_path / "a", "data.train=right.jsonl")
+    with folder.run_folder(right) as out:
+        assert folder.read_run(out).flat() == right.flat()
 
 
 def test_two_runs_in_one_folder(tmp_path):
