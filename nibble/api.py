@@ -1,15 +1,13 @@
 """Public functions that span several rooms."""
 
-from collections.abc import Callable
-
 from nibble.config import RunConfig
 from nibble.errors import UsageError
-from nibble.events import Emit, Event
+from nibble.events import Emit
 from nibble.plan.resolve import resolve
 from nibble.train import folder, trainer
 
 
-def train(run: RunConfig, emit: Emit | Callable[[Event], None] | None = None) -> trainer.Result:
+def train(run: RunConfig, emit: Emit = lambda event: None) -> trainer.Result:
     """Train as `run` says, or continue what stands in its folder.
 
     `auto` values are resolved for this device first; a run that is continued keeps the values it
@@ -32,4 +30,4 @@ def train(run: RunConfig, emit: Emit | Callable[[Event], None] | None = None) ->
     resolved, reasons = resolve(run)
     if run.out is None:
         resolved = resolved.with_values({"out": str(folder.folder_of(run))}, "default")
-    return trainer.train(resolved, emit or (lambda event: None), reasons=reasons)
+    return trainer.train(resolved, emit, reasons=reasons)

@@ -11,8 +11,6 @@ from nibble.commands import progress
 if TYPE_CHECKING:
     from nibble.demo.run import Demo
 
-NUM_SHOWN = 3
-
 
 def demo(
     out: Annotated[str, typer.Option(help="Folder of the two runs; must be empty.")] = "",
@@ -67,6 +65,6 @@ def _print_answers(console: object, result: "Demo") -> None:
     for column in ("letter", "base", f"with the {last.method} adapter"):
         table.add_column(column)
     shown = zip(result.letters, last.answers_before, last.answers_after, strict=True)
-    for letter, before, after in list(shown)[:NUM_SHOWN]:
+    for letter, before, after in shown:
         table.add_row(*(text.strip().replace("[", r"\[") for text in (letter, before, after)))
     console.print(table)  # type: ignore[attr-defined]

@@ -25,7 +25,6 @@ class TrainingBar:
         )
         self._task: Any = None
         self._steps = 0
-        self._last_line = 0.0
 
     def __enter__(self) -> "TrainingBar":
         self._bar.start()

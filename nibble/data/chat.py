@@ -21,7 +21,6 @@ from nibble.data.turns import Conversation, Message, Place, read_turns
 from nibble.errors import DataError, ModelError
 
 NOT_TARGET = -100
-TRAIN_ON = ("assistant", "last", "all")
 _ROWS_AT_ONCE = 256
 
 

@@ -95,16 +95,6 @@ def read_index(folder: Path) -> dict[str, Entry]:
     )
 
 
-def checkpoint_bytes(folder: Path) -> int:
-    """Bytes of all weights on disk."""
-    return sum(entry.num_bytes for entry in read_index(folder).values())
-
-
-def weight_files(folder: Path) -> dict[str, Path]:
-    """The file that holds each tensor of the checkpoint."""
-    return {name: entry.path for name, entry in read_index(folder).items()}
-
-
 def _read_shards(folder: Path) -> dict[str, Entry]:
     try:
         weight_map = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))["weight_map"]

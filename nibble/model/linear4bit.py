@@ -112,11 +112,6 @@ class Linear4bit(nn.Module):
         q = quantize(weight, type=type, block_size=block_size, double=double, search=search)
         return cls(q, bias)
 
-    @classmethod
-    def from_quantized(cls, q: Quantized, bias: Tensor | None = None) -> "Linear4bit":
-        """Take a weight (O, I) that is stored in 4 bits already."""
-        return cls(q, bias)
-
     @property
     def quantized(self) -> Quantized:
         """The stored weight; its tensors are this layer's parameters."""

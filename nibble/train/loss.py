@@ -6,10 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from nibble.data.loader import Batch
-from nibble.kernels.cross_entropy import head_cross_entropy, head_metrics
+from nibble.kernels.cross_entropy import IGNORED, head_cross_entropy, head_metrics
 from nibble.model.families import head_of, hidden_states
-
-IGNORED = -100
 
 
 def token_loss(

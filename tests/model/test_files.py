@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from nibble.errors import ModelError
-from nibble.model.files import checkpoint_bytes, find_model, read_config, read_index, weight_files
+from nibble.model.files import find_model, read_config, read_index
 
 
 @pytest.fixture
@@ -24,11 +24,12 @@ def write_index(folder, weight_map):
 
 
 def test_a_sharded_checkpoint(folder):
-    assert {name: path.name for name, path in weight_files(folder).items()} == {
+    entries = read_index(folder)
+    assert {name: entry.path.name for name, entry in entries.items()} == {
         "a": "one.safetensors", "b": "two.safetensors", "c": "two.safetensors"
     }  # fmt: skip
-    assert checkpoint_bytes(folder) == 28
-    assert read_index(folder)["b"].shape == (2,)
+    assert sum(entry.num_bytes for entry in entries.values()) == 28
+    assert entries["b"].shape == (2,)
 
 
 def test_an_index_cannot_point_outside_the_folder(folder):

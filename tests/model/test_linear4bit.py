@@ -96,9 +96,9 @@ def test_bias_of_another_dtype_is_cast():
     assert torch.equal(layer(x), expected)
 
 
-def test_from_quantized_and_back():
+def test_quantized_and_back():
     q = quantize(torch.randn(48, 96))
-    layer = Linear4bit.from_quantized(q, torch.zeros(48, dtype=torch.bfloat16))
+    layer = Linear4bit(q, torch.zeros(48, dtype=torch.bfloat16))
     assert torch.equal(dequantize(layer.quantized), dequantize(q))
     assert layer.codes.data_ptr() == q.codes.data_ptr()
     assert {name: (p.dtype, tuple(p.shape)) for name, p in layer.named_parameters()} == {
