@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def demo(
     out: Annotated[str, typer.Option(help="Folder of the two runs; must be empty.")] = "",
 ) -> None:
-    """Train LoRA and QLoRA on a tiny base and show what each learnt (a few minutes)."""
+    """Train LoRA and QLoRA on a tiny base and show what each learnt (a minute and a half)."""
     from rich.console import Console
 
     from nibble.demo import BASE_FOLDER
@@ -26,8 +26,7 @@ def demo(
     if folder.is_dir() and any(folder.iterdir()):
         raise FolderInUseError(f"{folder} is not empty", fix="choose another --out")
     errors = Console(stderr=True, highlight=False)
-    with progress.TrainingBar() as bar:
-        result = run_demo(folder, bar, lambda line: errors.print(f"[bold]{line}[/bold]"))
+    result = run_demo(folder, lambda line: errors.print(f"[bold]{line}[/bold]"))
     console = Console(highlight=False)
     _print_table(console, result)
     _print_answers(console, result)

@@ -1,5 +1,8 @@
 """The main job on the bundled base: LoRA and QLoRA on the same letters to a shop."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,20 +11,22 @@ from typing import Any
 
 import torch
 
-from nibble import api
 from nibble.adapter.format import read_adapter
-from nibble.config import RunConfig, load_config
+from nibble.config import DataConfig, load_config
 from nibble.data.dataset import build_dataset
 from nibble.data.loader import eval_batches
 from nibble.demo import BASE_FOLDER
 from nibble.demo.data import make_examples, write_dataset
-from nibble.events import EvalEnd, Event, LoadEnd, RunEnd, StepEnd
+from nibble.errors import NibbleError
+from nibble.events import Event, LoadEnd, RunEnd, StepEnd, read_events
 from nibble.model.load import load_base
 from nibble.serve.generate import generate
 from nibble.train.loss import token_metrics
 
 METHODS = {"lora": "bf16", "qlora": "nf4"}
 NUM_SHOWN = 3
+# For a base this small, waiting for a second thread costs more than it brings.
+NUM_THREADS = 1
 MAX_ANSWER_TOKENS = 32
 SETTINGS = (
     "train.steps=100",
@@ -61,58 +66,65 @@ class Demo:
 
 @dataclass(frozen=True)
 class _Answered:
-    """The share of all held-out letters answered exactly, and the answers to the shown ones."""
+    """Loss on all held-out letters, the share answered exactly, the answers to the shown ones."""
 
+    loss: float
     share_right: float
     shown: tuple[str, ...]
 
 
-def run_demo(folder: Path, emit: Callable[[Event], None], say: Callable[[str], None]) -> Demo:
+def run_demo(folder: Path, say: Callable[[str], None]) -> Demo:
     """Train both methods in `folder` and measure what each learnt.
 
     Args:
-        emit: Receives the events of both runs.
         say: Receives one line before each part.
+
+    Raises:
+        NibbleError: If a training process fails; it has said why.
     """
-    # For a base this small, waiting for a second thread costs more than it brings.
-    torch.set_num_threads(1)
+    torch.set_num_threads(NUM_THREADS)
     train_file, eval_file = write_dataset(folder / "data")
     letters = tuple(row["messages"][0]["content"] for row in make_examples()[1][:NUM_SHOWN])
     learnt = []
     for method, storage in METHODS.items():
+        out = folder / method
         settings = [
             f"model.name={BASE_FOLDER}",
             f"data.train={train_file}",
-            f"data.eval={eval_file}",
             f"method={method}",
-            f"out={folder / method}",
+            f"out={out}",
+            *SETTINGS,
         ]
-        run = load_config(None, [*settings, *SETTINGS])
+        held_out = load_config(None, [*settings, f"data.train={eval_file}"]).data
         say(f"{method}: held-out letters answered by the base")
-        before = _answer(run, storage, None, letters)
-        events: list[Event] = []
-
-        def collect(event: Event, events: list[Event] = events) -> None:
-            events.append(event)
-            emit(event)
-
+        before = _answer(held_out, storage, None, letters)
         say(f"{method}: training")
-        adapter = api.train(run, collect).adapter
+        _train_apart(settings)
         say(f"{method}: the same letters answered with the adapter")
-        after = _answer(run, storage, adapter, letters)
-        learnt.append(_summary(method, events, before, after))
+        after = _answer(held_out, storage, out / "adapter", letters)
+        learnt.append(_summary(method, list(read_events(out / "events.jsonl")), before, after))
     return Demo(tuple(learnt), letters)
 
 
+def _train_apart(settings: list[str]) -> None:
+    """`nibble train` in a process of its own, so that peaks of memory can be compared."""
+    words = [word for setting in settings for word in ("--set", setting)]
+    command = [sys.executable, "-m", "nibble", "train", *words]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(NUM_THREADS)}
+    code = subprocess.run(command, env=environment, stdout=subprocess.DEVNULL).returncode
+    if code:
+        raise NibbleError(f"training ended with exit code {code}", fix="read its message above")
+
+
 def _answer(
-    run: RunConfig, storage: str, adapter: Path | None, letters: tuple[str, ...]
+    held_out: DataConfig, storage: str, adapter: Path | None, letters: tuple[str, ...]
 ) -> _Answered:
     model, tokenizer = load_base(str(BASE_FOLDER), storage)
     if adapter is not None:
         read_adapter(model, adapter)
-    rows = build_dataset(run.data, tokenizer, seed=0).eval
+    rows = build_dataset(held_out, tokenizer, seed=0).train
     # One row a batch: greedy decoding gives an answer exactly if every token of it is likeliest.
-    counts = [token_metrics(model, batch)[1:] for batch in eval_batches(rows, max_tokens=1)]
+    counts = [token_metrics(model, batch) for batch in eval_batches(rows, max_tokens=1)]
     shown = tuple(
         generate(
             model,
@@ -122,11 +134,12 @@ def _answer(
         )
         for letter in letters
     )
-    return _Answered(sum(found == wanted for found, wanted in counts) / len(rows), shown)
+    loss_sums, found, wanted = zip(*counts, strict=True)
+    num_right = sum(f == w for f, w in zip(found, wanted, strict=True))
+    return _Answered(sum(loss_sums) / sum(wanted), num_right / len(rows), shown)
 
 
 def _summary(method: str, events: list[Event], before: _Answered, after: _Answered) -> Learnt:
-    losses = [event.loss for event in events if isinstance(event, EvalEnd)]
     load: Any = next(event for event in events if isinstance(event, LoadEnd))
     end: Any = next(event for event in events if isinstance(event, RunEnd))
     adapters = sum(v for k, v in load.resident_bytes.items() if "adapter" in k)
@@ -136,8 +149,8 @@ def _summary(method: str, events: list[Event], before: _Answered, after: _Answer
         peak_memory_bytes=end.peak_memory_bytes,
         seconds_per_step=median(e.seconds for e in events if isinstance(e, StepEnd)),
         adapter_bytes=end.adapter_bytes,
-        loss_before=losses[0],
-        loss_after=losses[-1],
+        loss_before=before.loss,
+        loss_after=after.loss,
         right_before=before.share_right,
         right_after=after.share_right,
         answers_before=before.shown,

@@ -37,10 +37,14 @@ def _model(folder):
 
 
 def _gradient(folder, batches):
+    """The gradient that one step accumulates; a learning rate of 0 leaves the model alone."""
     model = _model(folder)
-    total = sum(batch.num_target_tokens for batch in batches)
-    for batch in batches:
-        (token_loss(model, batch)[0] / total).backward()
+    optimizer = AdamW(parameter_groups(model))
+
+    def loss(batch):
+        return token_loss(model, batch)
+
+    train_step(loss, batches, optimizer, lr=0.0, max_grad_norm=float("inf"))
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
 
 
