@@ -7,6 +7,7 @@ Source:
     Dettmers et al. 2023, QLoRA, arXiv:2305.14314, section 3 and appendix E.
 """
 
+from collections.abc import Callable, Sequence
 from math import prod
 
 import torch
@@ -43,6 +44,7 @@ __all__ = [
     "dequantize_slice",
     "implementation",
     "quantize",
+    "quantize_parts",
 ]
 
 # Scales tried by the least-squares search, as fractions of the largest magnitude.
@@ -79,24 +81,70 @@ def quantize(
         UsageError: If `type` or `block_size` is unknown, or the weight is not floating point.
         ModelError: If the weight is empty or holds NaN or infinite values.
     """
-    _check_arguments(weight, type, block_size)
-    flat = weight.detach().reshape(-1)
-    scale_N = torch.empty(-(-flat.numel() // block_size), device=flat.device)
-    codes = torch.empty((flat.numel() + 1) // 2, dtype=torch.uint8, device=flat.device)
-    _encode(flat, codes, scale_N, type=type, block_size=block_size)
-    if not torch.isfinite(scale_N).all():
-        raise ModelError(
-            f"a weight of shape {tuple(weight.shape)} holds NaN or infinite values",
-            fix="download the checkpoint again, or repair the weight",
+    return quantize_parts(
+        [lambda: weight],
+        tuple(weight.shape),
+        type=type,
+        block_size=block_size,
+        double=double,
+        search=search,
+    )
+
+
+def quantize_parts(
+    parts: Sequence[Callable[[], Tensor]],
+    shape: tuple[int, ...],
+    *,
+    type: str = "nf4",
+    block_size: int = BLOCK_SIZE,
+    double: bool = True,
+    search: bool = False,
+) -> Quantized:
+    """`quantize` for a weight that is never whole in memory: equal parts of it, one at a time.
+
+    Args:
+        parts: Functions that give the parts of the flat weight in order; with `search` each is
+            called twice. Part boundaries are block boundaries.
+        shape: Shape of the whole weight.
+
+    Raises:
+        UsageError: As `quantize`; also if the parts do not divide the weight at block boundaries.
+        ModelError: As `quantize`.
+    """
+    size = prod(shape) // len(parts)
+    if size * len(parts) != prod(shape) or (len(parts) > 1 and size % block_size):
+        raise UsageError(f"{len(parts)} parts of {shape} do not end at blocks of {block_size}")
+    first = parts[0]()
+    _check_arguments(first, type, block_size)
+    scale_N = torch.empty(-(-prod(shape) // block_size), device=first.device)
+    codes = torch.empty((prod(shape) + 1) // 2, dtype=torch.uint8, device=first.device)
+    spans = [
+        (
+            codes[at // 2 : (at + size + 1) // 2],
+            slice(at // block_size, -(-(at + size) // block_size)),
         )
-    if search:
-        scale_N = _search_scales(flat, scale_N, type=type, block_size=block_size)
+        for at in range(0, prod(shape), size)
+    ]
+    for read, (part_codes, block) in zip([lambda: first, *parts[1:]], spans, strict=True):
+        flat = read().detach().reshape(-1)
+        _encode(flat, part_codes, scale_N[block], type=type, block_size=block_size)
+        if not torch.isfinite(scale_N[block]).all():
+            raise ModelError(
+                f"a weight of shape {shape} holds NaN or infinite values",
+                fix="download the checkpoint again, or repair the weight",
+            )
+        if search:
+            scale_N[block] = _search_scales(flat, scale_N[block], type=type, block_size=block_size)
     absmax, nested_absmax, offset = quantize_scales(scale_N) if double else (scale_N, None, None)
-    q = Quantized(codes, absmax, nested_absmax, offset, tuple(weight.shape), type, block_size)
+    q = Quantized(codes, absmax, nested_absmax, offset, shape, type, block_size)
     if search:
         # The codes answer to the scales as stored: their rounding to 8 bits then costs less.
         scale_N = dequantize_scales(q)
-        _encode(flat, codes, scale_N, type=type, block_size=block_size, measure=False)
+        for read, (part_codes, block) in zip(parts, spans, strict=True):
+            flat = read().detach().reshape(-1)
+            _encode(
+                flat, part_codes, scale_N[block], type=type, block_size=block_size, measure=False
+            )
     return q
 
 

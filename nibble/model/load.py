@@ -6,11 +6,12 @@
     placing      each tensor is checked, quantised or converted, placed, and forgotten
     tokenizer    from the same folder
 
-At no time is more than one tensor in memory beside the result.
+At no time is more than one tensor of the checkpoint in memory beside the result; of experts that
+are stored one by one, the tensors of one expert.
 """
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -152,7 +153,7 @@ def _load_weights(
             q = read_quantized(source, quantized[source.name], reader)
             placer.place_quantized(target.name, q)
         elif target.convert is not None:
-            placer.place(target.name, target.convert([_later(reader, s) for s in target.sources]))
+            placer.place_parts(target.name, target.parts(reader.read))
         elif placer.needs_copy(target.name):
             placer.place(target.name, reader.read(source))
         else:
@@ -160,10 +161,6 @@ def _load_weights(
     placer.finish()
     for target in late:
         check_ties(model, target.name, reader.borrow(target.sources[0]))
-
-
-def _later(reader: TensorReader, entry: Entry) -> Callable[[], torch.Tensor]:
-    return lambda: reader.read(entry)
 
 
 def _check_unlisted(model: PreTrainedModel, storage: Storage) -> None:

@@ -12,6 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,9 @@ _MOST_LISTED = 5
 _FIX = "download the model again; config.json and weights must be of one model"
 
 
+Convert = Callable[[Sequence[Callable[[], Tensor]]], Tensor]
+
+
 @dataclass(frozen=True)
 class Target:
     """A parameter or buffer of the model and the tensors on disk that make it.
@@ -43,11 +47,23 @@ class Target:
         sources: The tensors, in the order in which `convert` takes them.
         convert: Makes the parameter out of functions that read the sources; None takes the only
             source as it is.
+        num_parts: Equal runs of `sources`, of each of which `convert` makes one slice of the first
+            dimension (an expert).
     """
 
     name: str
     sources: tuple[Entry, ...]
-    convert: Callable[[Sequence[Callable[[], Tensor]]], Tensor] | None = None
+    convert: Convert | None = None
+    num_parts: int = 1
+
+    def parts(self, read: Callable[[Entry], Tensor]) -> list[Callable[[], Tensor]]:
+        """Functions that make the slices in order, reading their sources when they are called."""
+        readers = [partial(read, source) for source in self.sources]
+        if self.convert is None:
+            return readers
+        size = len(readers) // self.num_parts
+        runs = [readers[at : at + size] for at in range(0, len(readers), size)]
+        return [partial(self.convert, run) for run in runs]
 
 
 def match_names(model: PreTrainedModel, entries: Mapping[str, Entry], folder: Path) -> list[Target]:
@@ -114,13 +130,25 @@ def _target(
 
     def convert(readers: Sequence[Callable[[], Tensor]]) -> Tensor:
         step: Any = copy.deepcopy(converter)
-        for (key, source_pattern), read in zip(sources, readers, strict=True):
+        # A run of sources that makes one slice has the patterns of any other run.
+        for (key, source_pattern), read in zip(sources, readers, strict=False):
             step.add_tensor(name, key, source_pattern, read)
         made = step.convert(name, model=model, config=model.config)
         value = made[name] if name in made else next(iter(made.values()))
         return value[0] if isinstance(value, list) else value
 
-    return Target(name, found, convert)
+    return Target(name, found, convert, _num_slices(sources))
+
+
+def _num_slices(sources: Sequence[tuple[str, str | None]]) -> int:
+    """How many runs of the sorted sources hold each pattern once: the experts of a layer."""
+    patterns = [pattern for _, pattern in sources]
+    size = len(set(patterns))
+    is_regular = all(
+        set(patterns[at : at + size]) == set(patterns) for at in range(0, len(patterns), size)
+    )
+    has_numbers = all("*" in str(pattern) for pattern in patterns)
+    return len(patterns) // size if is_regular and has_numbers else 1
 
 
 def _stop_if(names: list[str], what: str) -> None:

@@ -1,7 +1,9 @@
 """Put loaded weights into a model: checked, in the storage that is asked for, and frozen."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from math import prod
 from typing import Any
 
 import torch
@@ -10,7 +12,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from nibble.errors import ModelError
-from nibble.kernels.nf4 import Quantized, quantize
+from nibble.kernels.nf4 import Quantized, quantize_parts
 from nibble.model.experts import PARTS, Experts, is_experts
 from nibble.model.linear4bit import DenseLinear, Linear4bit
 from nibble.model.names import tied_names
@@ -62,26 +64,24 @@ class Placer:
         Raises:
             ModelError: If its type or shape is wrong, or it holds NaN.
         """
-        if tuple(value.shape) != self._shapes[name]:
-            raise ModelError(
-                f"the weight {name} has shape {tuple(value.shape)}, expected {self._shapes[name]}",
-                fix="config.json and weights must be of one model",
-            )
-        if not value.is_floating_point() or value.dtype.itemsize == 1:
-            raise ModelError(
-                f"the weight {name} is stored as {str(value.dtype).removeprefix('torch.')}, "
-                "expected a floating-point type of 16 bits or more",
-                fix="use a checkpoint that is not quantised",
-            )
-        check_finite(name, value)
+        self.place_parts(name, [lambda: value])
+
+    def place_parts(self, name: str, parts: Sequence[Callable[[], Tensor]]) -> None:
+        """Store one parameter that comes in equal slices of its first dimension.
+
+        Raises:
+            ModelError: As `place`.
+        """
+        readers = [partial(self._read, name, read, len(parts)) for read in parts]
         if self.needs_copy(name):
-            self._place_dense(name, value)
+            self._place_dense(name, readers)
         elif self._is_expert_part(name):
-            self._place_expert_part(name, quantize(value, **self.storage.quant or {}))
+            self._place_expert_part(name, self._quantize(self._shapes[name], readers))
         else:
-            layer = self._owner(name)
-            weight = value.T if isinstance(layer, Conv1D) else value
-            self.place_quantized(name, quantize(weight.contiguous(), **self.storage.quant or {}))
+            is_transposed = isinstance(self._owner(name), Conv1D)
+            value = _joined(readers)
+            weight = value.T.contiguous() if is_transposed else value
+            self.place_quantized(name, self._quantize(tuple(weight.shape), [lambda: weight]))
 
     def place_quantized(self, name: str, q: Quantized) -> None:
         """Store the 4-bit weight of a linear layer.
@@ -120,14 +120,40 @@ class Placer:
                 f"the checkpoint lacks {', '.join(empty[:5])}", fix="download the model again"
             )
 
-    def _place_dense(self, name: str, value: Tensor) -> None:
+    def _read(self, name: str, read: Callable[[], Tensor], num_parts: int) -> Tensor:
+        """One slice, checked."""
+        value, expected = read(), self._shapes[name]
+        found = tuple(value.shape)
+        if num_parts > 1 and found:
+            found = (num_parts * found[0], *found[1:])
+        if found != expected:
+            raise ModelError(
+                f"the weight {name} has shape {found}, expected {expected}",
+                fix="config.json and weights must be of one model",
+            )
+        if not value.is_floating_point() or value.dtype.itemsize == 1:
+            raise ModelError(
+                f"the weight {name} is stored as {str(value.dtype).removeprefix('torch.')}, "
+                "expected a floating-point type of 16 bits or more",
+                fix="use a checkpoint that is not quantised",
+            )
+        check_finite(name, value)
+        return value
+
+    def _quantize(self, shape: tuple[int, ...], parts: Sequence[Callable[[], Tensor]]) -> Quantized:
+        settings = dict(self.storage.quant or {})
+        is_aligned = prod(shape) % (len(parts) * settings["block_size"]) == 0
+        readers = parts if is_aligned else [partial(_joined, parts)]
+        return quantize_parts(readers, shape, **settings)
+
+    def _place_dense(self, name: str, parts: Sequence[Callable[[], Tensor]]) -> None:
         owner, key = self._owner(name), name.rpartition(".")[2]
         if key in owner._buffers:
-            known = owner._buffers[key]
+            known, value = owner._buffers[key], _joined(parts)
             dtype = value.dtype if known is None else known.dtype
             owner._buffers[key] = value.to(self.device, dtype)
             return
-        value = value.to(self.device, self.storage.dtype)
+        value = _joined(parts, self.device, self.storage.dtype)
         if self._is_expert_part(name) and not self.storage.is_trainable:
             self._place_expert_part(name, value)
         else:
@@ -167,6 +193,22 @@ def check_ties(model: PreTrainedModel, name: str, value: Tensor) -> None:
             f"config.json ties {name} to {source}, but the checkpoint holds two different weights",
             fix="set tie_word_embeddings to false in config.json",
         )
+
+
+def _joined(
+    parts: Sequence[Callable[[], Tensor]],
+    device: torch.device | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """The parts behind one another in one tensor, each read when its place is ready."""
+    first = parts[0]().to(device, dtype)
+    if len(parts) == 1:
+        return first
+    whole = first.new_empty((len(parts) * len(first), *first.shape[1:]))
+    whole[: len(first)] = first
+    for number, read in enumerate(parts[1:], start=1):
+        whole[number * len(first) : (number + 1) * len(first)] = read()
+    return whole
 
 
 def _to(q: Quantized, device: torch.device) -> Quantized:

@@ -160,6 +160,19 @@ def test_slice_is_one_expert(shape):
         assert torch.equal(nf4.dequantize_slice(q, index), whole[index])
 
 
+@pytest.mark.parametrize("search", [False, True])
+@pytest.mark.parametrize("double", [False, True])
+def test_a_weight_in_parts_gives_the_bits_of_the_whole(double, search):
+    weight = torch.randn(5, 16, 96)
+    whole = nf4.quantize(weight, double=double, search=search)
+    readers = [lambda e=e: e for e in weight]
+    parts = nf4.quantize_parts(readers, (5, 16, 96), double=double, search=search)
+    assert torch.equal(parts.codes, whole.codes)
+    assert torch.equal(parts.absmax, whole.absmax)
+    with pytest.raises(UsageError, match="do not end at blocks"):
+        nf4.quantize_parts(readers, (5, 16, 97))
+
+
 def test_tensors_without_memory_never_reach_the_compiled_code():
     q = nf4.quantize(torch.randn(8, 70))
     with FakeTensorMode(allow_non_fake_inputs=True):

@@ -49,6 +49,20 @@ def test_in_4_bits():
     assert model.lm_head.weight.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("storage", [IN_4_BITS, IN_16_BITS], ids=["4 bits", "16 bits"])
+def test_experts_one_by_one_equal_the_whole_tensor(storage):
+    model, values = placed(storage)
+    placer = Placer(skeleton(), storage, CPU)
+    for name in (f"{EXPERTS}.gate_up_proj", f"{EXPERTS}.down_proj"):
+        placer.place_parts(name, [lambda e=e: e[None] for e in values[name]])
+    for part in ("gate_up_proj", "down_proj"):
+        whole, made = (m.get_submodule(f"{EXPERTS}.{part}") for m in (model, placer.model))
+        pairs = zip(whole.parameters(), made.parameters(), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)
+    with pytest.raises(ModelError, match=r"has shape \(4, 32, 48\), expected \(3, 32, 48\)"):
+        placer.place_parts(f"{EXPERTS}.down_proj", [lambda: torch.ones(1, 32, 48)] * 4)
+
+
 def test_in_16_bits():
     model, values = placed(IN_16_BITS)
     assert isinstance(model.get_submodule(QUERY.removesuffix(".weight")), DenseLinear)
