@@ -6,7 +6,7 @@ INSTALLED := .venv/.installed
 export OMP_WAIT_POLICY ?= passive
 export GOMP_SPINCOUNT ?= 0
 
-.PHONY: demo test check fix bench gpu-check clean
+.PHONY: demo test check fix docs bench gpu-check clean
 
 demo: $(INSTALLED)
 	$(BIN)/nibble demo
@@ -20,10 +20,14 @@ check: $(INSTALLED)-test
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest tests/test_structure.py
+	$(BIN)/python tools/make_docs.py --check
 
 fix: $(INSTALLED)-test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(INSTALLED)-test
+	$(BIN)/python tools/make_docs.py
 
 bench: $(INSTALLED)-test
 	$(BIN)/python benchmarks/nf4_cpu.py

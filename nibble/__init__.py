@@ -9,6 +9,8 @@ Names load on first use, so `import nibble` costs neither torch nor transformers
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from nibble.environment import bound_caches
+
 if TYPE_CHECKING:
     from nibble.adapter.format import read_adapter, write_adapter
     from nibble.config import RunConfig, load_config
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
     from nibble.train.trainer import Result, train
 
 __version__ = "0.1.0"
+
+bound_caches()
 
 _HOME = {
     "AdaptedLayers": "nibble.model.adapt",

@@ -8,6 +8,7 @@ Every field carries its sentence; the command line, the schema, the documentatio
 studio read the same sentence. Unknown keys are errors.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -215,6 +216,17 @@ def keys() -> dict[str, Any]:
         else:
             found[name] = field
     return found
+
+
+def describe(key: str) -> tuple[str, str]:
+    """What a dotted key takes, as JSON Schema says it, and its effect on memory."""
+    section, _, name = key.rpartition(".")
+    schema = RunConfig.model_json_schema()
+    owner = schema["$defs"][f"{section.capitalize()}Config"] if section else schema
+    values = owner["properties"][name]
+    hidden = ("title", "description", "memory", "default")
+    limits = {k: v for k, v in values.items() if k not in hidden}
+    return json.dumps(limits), values.get("memory", "none")
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

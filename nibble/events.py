@@ -108,7 +108,7 @@ Event = RunStart | PlanMade | LoadEnd | StepEnd | EvalEnd | CheckpointSaved | Wa
 Emit = Callable[[Event], None]
 
 _SPECIAL_NAMES = {"PlanMade": "plan", "CheckpointSaved": "checkpoint", "WarningRaised": "warning"}
-_EVENT_TYPES = (
+EVENT_TYPES = (
     RunStart,
     PlanMade,
     LoadEnd,
@@ -134,7 +134,7 @@ def event_name(event: Event | type) -> str:
     return re.sub(r"(?<!^)(?=[A-Z])", "_", kind.__name__).lower()
 
 
-_BY_NAME = {event_name(kind): kind for kind in _EVENT_TYPES}
+_BY_NAME = {event_name(kind): kind for kind in EVENT_TYPES}
 
 
 class EventLog:

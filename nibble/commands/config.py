@@ -21,7 +21,7 @@ def explain(
     ] = "",
 ) -> None:
     """Say what a config key means, its default, its range and its effect on memory."""
-    from nibble.config import RunConfig, keys
+    from nibble.config import describe, keys
 
     known = keys()
     if not key:
@@ -34,16 +34,8 @@ def explain(
             f"there is no config key {key!r}", fix=close or "`nibble explain` lists all"
         )
     field = known[key]
-    section, _, name = key.rpartition(".")
-    described = RunConfig.model_json_schema()
-    owner = f"{section.capitalize()}Config"
-    values = (
-        described["$defs"][owner]["properties"][name] if section else described["properties"][name]
-    )
-    limits = {
-        k: v for k, v in values.items() if k not in ("title", "description", "memory", "default")
-    }
+    takes, memory = describe(key)
     typer.echo(f"{key}\n  {field.description}")
     typer.echo(f"  default: {json.dumps(field.get_default())}")
-    typer.echo(f"  takes:   {json.dumps(limits)}")
-    typer.echo(f"  memory:  {values.get('memory', 'none')}")
+    typer.echo(f"  takes:   {takes}")
+    typer.echo(f"  memory:  {memory}")

@@ -1,12 +1,12 @@
 """The verbs, and one place where every error becomes a message and an exit code."""
 
-import os
 import sys
 from collections.abc import Sequence
 
 import typer
 
 from nibble.commands import chat, config, data, demo, doctor, evaluate, train
+from nibble.environment import wait_passively
 from nibble.errors import NibbleError
 
 app = typer.Typer(
@@ -31,9 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if arguments is None else arguments)
     is_debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
-    # Spin barriers on a busy machine turn a step of 0.1 s into seconds.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    os.environ.setdefault("GOMP_SPINCOUNT", "0")
+    wait_passively()
     sys.exit(_run(words, is_debug))
 
 

@@ -1,0 +1,26 @@
+"""Settings of the libraries below torch, which they read from the environment on first use."""
+
+import os
+
+# oneDNN keeps the compiled code of every matrix shape it meets, up to 1,024 of them in each of two
+# caches: batches of ever new lengths would grow a process by some 20 MiB a step.
+SHAPES_KEPT = "128"
+
+_CACHES = {
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": SHAPES_KEPT,
+    "LRU_CACHE_CAPACITY": SHAPES_KEPT,
+}
+# Spin barriers on a busy machine turn a step of 0.1 s into seconds.
+_WAITING = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"}
+
+
+def bound_caches() -> None:
+    """Bound the caches of compiled matrix products; what the user has set stays."""
+    for name, value in _CACHES.items():
+        os.environ.setdefault(name, value)
+
+
+def wait_passively() -> None:
+    """Let idle threads sleep; takes effect only before torch is imported."""
+    for name, value in _WAITING.items():
+        os.environ.setdefault(name, value)
