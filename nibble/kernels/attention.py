@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from nibble.kernels.target import device_type
+
 # Longest document that gains: measured by benchmarks/short_attention.py.
 MOST_TOKENS = 512
 
@@ -19,7 +21,7 @@ def is_short(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Whether `short_attention` is the faster one for these states, (N, H or G, L, K)."""
     states = (query, key, value)
     needs_gradient = torch.is_grad_enabled() and any(state.requires_grad for state in states)
-    is_narrow = query.dtype == torch.bfloat16 and query.device.type == "cpu"
+    is_narrow = query.dtype == torch.bfloat16 and device_type(query) == "cpu"
     return needs_gradient and is_narrow and query.shape[2] <= MOST_TOKENS
 
 

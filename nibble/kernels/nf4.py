@@ -31,6 +31,7 @@ from nibble.kernels.nf4_reference import (
     encode_reference,
     quantize_scales,
 )
+from nibble.kernels.target import is_fake, report_kernel
 
 __all__ = [
     "BLOCK_SIZE",
@@ -118,6 +119,9 @@ def quantize_parts(
     _check_arguments(first, type, block_size)
     scale_N = torch.empty(-(-prod(shape) // block_size), device=first.device)
     codes = torch.empty((prod(shape) + 1) // 2, dtype=torch.uint8, device=first.device)
+    if is_fake(first):
+        absmax, nested_absmax, offset = _empty_scales(scale_N) if double else (scale_N, None, None)
+        return Quantized(codes, absmax, nested_absmax, offset, shape, type, block_size)
     spans = [
         (
             codes[at // 2 : (at + size + 1) // 2],
@@ -172,6 +176,9 @@ def dequantize(
         UsageError: If the range lies outside the weight, or `out` or `dtype` does not fit.
     """
     out_flat, shape = _prepare_out(q, dtype=dtype, out=out, start=start, count=count)
+    if is_fake(out_flat):
+        report_kernel(out_flat.nbytes + q.nbytes * out_flat.numel() // q.numel)
+        return out_flat.view(shape)
     library = _library(q.codes, out_flat)
     if library is None:
         decode_reference(q, out_flat, start)
@@ -266,6 +273,13 @@ def _encode(
         )
 
 
+def _empty_scales(scale_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The parts that `quantize_scales` gives, without values."""
+    num_nested = -(-scale_N.numel() // NESTED_BLOCK_SIZE)
+    absmax = torch.empty_like(scale_N, dtype=torch.uint8)
+    return absmax, scale_N.new_empty(num_nested), scale_N.new_empty(1)
+
+
 def _search_scales(flat: Tensor, absmax_N: Tensor, *, type: str, block_size: int) -> Tensor:
     """Block scales of least squared error.
 
@@ -305,6 +319,6 @@ def _levels(values: Tensor, scale_N: Tensor, type: str, block_size: int) -> Tens
 
 
 def _library(*parts: Tensor) -> nf4_cpu.Library | None:
-    """The compiled code if all parts are plain memory of a CPU; fake tensors have no memory."""
+    """The compiled code if all parts are plain memory of a CPU."""
     is_plain = all(type(t) in (Tensor, Parameter) and t.device.type == "cpu" for t in parts)
     return nf4_cpu.load() if is_plain else None

@@ -1,18 +1,21 @@
 """Which device the code runs for, and which memory an allocation belongs to.
 
 Every choice of an implementation asks `device_type`, so that the planner can run the code of a
-CUDA device on tensors without memory. Every allocation that a CUDA run makes in host memory goes
-through `host_empty`, so that the planner can tell it from device memory.
+CUDA device on fake tensors, which have shapes and no values. Every allocation that a CUDA run
+makes in host memory goes through `host_empty`, so that the planner can tell it from device
+memory. A kernel that is given fake tensors does nothing but say how many bytes it would move.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 _planned: ContextVar[str | None] = ContextVar("planned device type", default=None)
+_on_kernel: ContextVar[Callable[[int], None] | None] = ContextVar("kernel listener", default=None)
 _on_host: ContextVar[bool] = ContextVar("allocating on the host", default=False)
 
 
@@ -23,13 +26,30 @@ def device_type(of: Tensor | torch.device) -> str:
 
 
 @contextmanager
-def planned_device(type: str) -> Iterator[None]:
-    """Within the block, code chooses what it would choose on a device of this type."""
-    token = _planned.set(type)
+def planned_device(type: str, *, on_kernel: Callable[[int], None] | None = None) -> Iterator[None]:
+    """Within the block, code chooses what it would choose on a device of this type.
+
+    Args:
+        on_kernel: Receives the bytes that each kernel on fake tensors would read and write.
+    """
+    tokens = _planned.set(type), _on_kernel.set(on_kernel)
     try:
         yield
     finally:
-        _planned.reset(token)
+        _planned.reset(tokens[0])
+        _on_kernel.reset(tokens[1])
+
+
+def is_fake(tensor: Tensor) -> bool:
+    """Whether a tensor has a shape and no values; parameters and views of such a one have none."""
+    return isinstance(tensor, FakeTensor)
+
+
+def report_kernel(num_bytes: int) -> None:
+    """Say what a kernel would read and write, where it was given fake tensors."""
+    listen = _on_kernel.get()
+    if listen is not None:
+        listen(num_bytes)
 
 
 def host_empty(*shape: int, dtype: torch.dtype) -> Tensor:

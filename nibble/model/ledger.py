@@ -28,7 +28,7 @@ def resident_bytes(model: nn.Module) -> dict[str, int]:
     once, for the first of them: a tied head counts as embeddings.
     """
     found: dict[str, int] = {}
-    for kind, tensor in _distinct(model):
+    for kind, tensor in stored_tensors(model):
         found[kind] = found.get(kind, 0) + tensor.untyped_storage().nbytes()
     return found
 
@@ -49,14 +49,15 @@ def count_parameters(model: nn.Module) -> int:
     return total
 
 
-def _distinct(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def stored_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The kind of each distinct storage, and the first tensor that uses it."""
     seen: set[int] = set()
     for name, module in model.named_modules():
         own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
         for key, tensor in own:
             storage = tensor.untyped_storage()
-            if storage.nbytes() and storage.data_ptr() not in seen:
-                seen.add(storage.data_ptr())
+            if storage.nbytes() and storage._cdata not in seen:
+                seen.add(storage._cdata)
                 yield _kind(model, name, key, tensor), tensor
 
 

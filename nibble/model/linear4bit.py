@@ -5,6 +5,8 @@ Both offer `in_features`, `out_features`, `forward(x)` and `dense_weight()`, and
 Nothing here knows of low-rank updates or of layer names.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -168,6 +170,18 @@ def _frozen_linear(x: Tensor, layer: _HasDenseWeight, bias: Tensor | None) -> Te
 
 def _frozen(tensor: Tensor | None) -> nn.Parameter | None:
     return None if tensor is None else nn.Parameter(tensor, requires_grad=False)
+
+
+@contextmanager
+def fresh_scratch() -> Iterator[dict[tuple[torch.device, torch.dtype], Tensor]]:
+    """Within the block dense weights are written to new buffers, which are given here."""
+    kept = dict(_SCRATCH)
+    _SCRATCH.clear()
+    try:
+        yield _SCRATCH
+    finally:
+        _SCRATCH.clear()
+        _SCRATCH.update(kept)
 
 
 def scratch(device: torch.device, dtype: torch.dtype, count: int) -> Tensor:

@@ -69,7 +69,7 @@ def load_base(
         UnavailableError: If a hub id is neither cached nor reachable.
         UsageError: If the arguments do not go together.
     """
-    stored = _build_storage(storage, dtype, quant, trainable)
+    stored = build_storage(storage, dtype, quant, trainable)
     folder = find_model(str(name), revision)
     values = read_config(folder)
     if check_quantization(values):
@@ -88,9 +88,14 @@ def load_base(
     return model, tokenizer
 
 
-def _build_storage(
+def build_storage(
     storage: str, dtype: torch.dtype, quant: Mapping[str, Any] | None, trainable: bool
 ) -> Storage:
+    """How weights are kept; the arguments are those of `load_base`.
+
+    Raises:
+        UsageError: If they do not go together.
+    """
     if storage not in STORAGES:
         raise UsageError(f"unknown storage {storage!r}", fix=f"use one of {', '.join(STORAGES)}")
     if storage == "float32":

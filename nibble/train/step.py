@@ -30,6 +30,7 @@ def train_step(
     *,
     lr: float,
     max_grad_norm: float,
+    on_phase: Callable[[str], None] = lambda phase: None,
 ) -> StepResult:
     """Accumulate gradients over the micro-batches, clip, and move the parameters once.
 
@@ -38,6 +39,9 @@ def train_step(
     The number is counted before the first backward pass, so the gradient is that of one big
     batch however the rows are split.
 
+    Args:
+        on_phase: Told when "forward", "backward" and "optimizer" begin.
+
     Raises:
         NonFiniteError: If the loss or a gradient is NaN or infinite; nothing has moved.
     """
@@ -45,12 +49,15 @@ def train_step(
     optimizer.zero_grad()
     total = 0.0
     for batch in micro_batches:
+        on_phase("forward")
         loss_sum, _ = token_loss(batch)
         loss = loss_sum / max(1, num_target_tokens)
+        on_phase("backward")
         loss.backward()
         total += float(loss.detach())
         if not math.isfinite(total):
             raise _not_finite("loss", total, [batch])
+    on_phase("optimizer")
     grad_norm = float(optimizer.grad_norm())
     if not math.isfinite(grad_norm):
         raise _not_finite("gradient norm", grad_norm, micro_batches)

@@ -1,0 +1,87 @@
+"""A simulated step against the same tracker on the same step with real tensors."""
+
+import pytest
+import torch
+
+import nibble
+from nibble.data.loader import Batch
+from nibble.model import experts
+from nibble.model.files import read_config
+from nibble.model.linear4bit import fresh_scratch
+from nibble.model.load import load_base
+from nibble.plan.simulate import Shape, simulate
+from nibble.plan.tracker import MemoryTracker
+from nibble.plan.watch import watch_build, watch_evaluation, watch_step
+from nibble.train.build import base_options
+
+FAMILIES = ("llama", "gemma2", "mixtral")
+METHODS = ("lora", "qlora", "full")
+RECOMPUTE = ("none", "selective", "full")
+# Document lengths of each forward pass: one row, packed rows, accumulation.
+ROWS = (((96,),), ((60, 30, 38),), ((64, 64), (32, 90), (128,)))
+EXTRAS = ((), ("lora.dropout=0.1",), ("lora.rank=8", "lora.dtype=bfloat16"))
+CASES = [
+    (family, method, recompute, ROWS[(i + j + k) % 3], EXTRAS[(i + 2 * j + k) % 3])
+    for i, family in enumerate(FAMILIES)
+    for j, method in enumerate(METHODS)
+    for k, recompute in enumerate(RECOMPUTE)
+]
+
+
+def run_of(folder, method, recompute, extra):
+    settings = [f"method={method}", f"train.recompute={recompute}", "train.micro_batch_size=1"]
+    return nibble.load_config(
+        None, [*settings, f"model.name={folder}", "optim.paged=false", *extra]
+    )
+
+
+def real_batch(documents):
+    """Random tokens; every token but the first of a document is a target."""
+    length = sum(documents)
+    ids = torch.randint(5, 250, (1, length))
+    labels, positions = ids.clone(), torch.cat([torch.arange(n) for n in documents])[None]
+    labels[positions == 0] = -100
+    ends = torch.tensor([0, *documents]).cumsum(0).to(torch.int32)
+    num_targets = length - len(documents)
+    return Batch(ids, labels, positions, ends, max(documents), num_targets, (0,))
+
+
+def track_real(run, folder, shape):
+    nibble.quantize(torch.ones(64))  # tables that are made once a process
+    with fresh_scratch() as buffers, MemoryTracker() as tracker:
+        tracker.begin("load")
+        model, _ = load_base(str(folder), **base_options(run))
+        optimizer = watch_build(model, run, tracker)
+        *batches, held_out = map(real_batch, [*shape.micro_batches, shape.eval_documents])
+        watch_step(model, optimizer, run, batches, tracker, buffers)
+        watch_evaluation(model, run, held_out, tracker, buffers)
+    return tracker
+
+
+@pytest.fixture
+def even_routes(monkeypatch):
+    """Real tokens spread over experts as the plan assumes: evenly."""
+    routes = experts._routes
+
+    def even(top_k_index, num_experts):
+        flat = torch.arange(top_k_index.numel()) % num_experts
+        return routes(flat.view_as(top_k_index), num_experts)
+
+    monkeypatch.setattr(experts, "_routes", even)
+
+
+@pytest.mark.parametrize(("family", "method", "recompute", "rows", "extra"), CASES)
+def test_peaks_equal_those_of_real_tensors(
+    tiny_model_folder, even_routes, family, method, recompute, rows, extra
+):
+    folder = tiny_model_folder(family)
+    run = run_of(folder, method, recompute, extra)
+    num_tokens, num_documents = sum(map(sum, rows)), sum(map(len, rows))
+    shape = Shape(rows, rows[0], (num_tokens - num_documents) / num_tokens)
+    planned = simulate(run, read_config(folder), shape, device="cpu")
+    real = track_real(run, folder, shape)
+    for phase in ("forward", "backward", "optimizer", "eval"):
+        expected = real.peaks[phase]
+        # A few bytes: the plan rounds the number of targets of each forward pass.
+        assert planned.phases[phase].bytes == pytest.approx(expected.bytes, rel=1e-3), phase
+        assert set(planned.phases[phase].parts) == set(expected.parts)
