@@ -118,7 +118,7 @@ class TrainConfig(Section):
     )
     """Rows per forward pass; the rest of the batch is accumulated."""
     recompute: Literal["auto", "none", "selective", "full", "offload"] = _field(
-        "auto", "full keeps one input per layer instead of all activations"
+        "auto", "full keeps one input per layer instead of all activations, offload two in all"
     )
     """Activations that are computed again in the backward pass instead of kept."""
     exactness: Literal["default", "exact"] = _field("default")
@@ -136,8 +136,8 @@ class OptimConfig(Section):
 
     name: Literal["adamw", "adamw8bit"] = _field("adamw", "adamw8bit: 2 instead of 8 bytes a value")
     """Optimizer: AdamW with 32-bit or 8-bit moments."""
-    paged: bool | Literal["auto"] = _field("auto", "moments move to host memory under pressure")
-    """Keep the moments in pages that move to host memory under pressure."""
+    paged: bool | Literal["auto"] = _field("auto", "moments take two pages, of 2 or 8 MiB")
+    """Keep the moments in pages of host memory that come to the device one after the other."""
     lr: float = _field(2e-4, gt=0, le=10)
     """Peak learning rate."""
     schedule: Literal["cosine", "linear", "constant"] = _field("cosine")

@@ -5,11 +5,12 @@ code are dropped before transformers sees them.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from nibble.errors import ModelError, UnavailableError, did_you_mean
@@ -28,6 +29,18 @@ def find_model(name: str, revision: str | None = None) -> Path:
         ModelError: If there is no such folder and the name is no hub id.
         UnavailableError: If the hub cannot be reached and the cache does not hold the model.
     """
+    patterns = HUB_PATTERNS
+    return _find(
+        name, lambda: Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    )
+
+
+def _fetch_config(name: str, revision: str | None) -> Path:
+    return Path(hf_hub_download(name, CONFIG_FILE, revision=revision)).parent
+
+
+def _find(name: str, fetch: Callable[[], Path]) -> Path:
+    """The folder of this name, or what `fetch` gets of the hub id."""
     folder = Path(name).expanduser()
     if name and folder.is_dir():
         return folder
@@ -36,7 +49,7 @@ def find_model(name: str, revision: str | None = None) -> Path:
     if not name or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ModelError(f"model {name!r}: there is no such folder", fix=_neighbour(folder))
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=HUB_PATTERNS))
+        return fetch()
     except HFValidationError:
         raise ModelError(
             f"model {name!r} is neither a folder nor a hub id", fix=_neighbour(folder)
@@ -47,6 +60,16 @@ def find_model(name: str, revision: str | None = None) -> Path:
             f"reached ({type(error).__name__})",
             fix="give a local folder, or go online once so that it can be downloaded",
         ) from None
+
+
+def find_config(name: str, revision: str | None = None) -> dict[str, Any]:
+    """The values of config.json of a folder or a hub id; of a hub id nothing else is fetched.
+
+    Raises:
+        ModelError: If there is no such model, or its config is broken.
+        UnavailableError: If the hub cannot be reached and the cache does not hold the config.
+    """
+    return read_config(_find(name, partial(_fetch_config, name, revision)))
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -58,14 +58,14 @@ class Simulation:
     Args:
         phases: Peak device bytes of load, build, forward, backward, optimizer, eval, save, merge.
         host_bytes: Peak of host memory that a CUDA run holds for pages and checkpoints.
-        work: Operations of one optimizer step.
+        work: Operations of each phase.
         num_trainable: Values that are trained.
         num_total: Values of base and adapters.
     """
 
     phases: dict[str, Peak]
     host_bytes: int
-    work: Counter[Operation]
+    work: dict[str, Counter[Operation]]
     num_trainable: int
     num_total: int
 
@@ -103,14 +103,14 @@ def simulate(run: RunConfig, values: dict[str, Any], shape: Shape, *, device: st
         optimizer = watch_build(model, run, tracker)
         *batches, held_out = [_batch(ends, shape.target_share) for ends in boundaries]
         tracker.name(boundaries, WORKING)
-        work = watch_step(model, optimizer, run, batches, tracker, buffers)
+        watch_step(model, optimizer, run, batches, tracker, buffers)
         if shape.eval_documents:
             watch_evaluation(model, run, held_out, tracker, buffers)
         watch_merge(model, tracker)
     return Simulation(
         phases=tracker.peaks,
         host_bytes=tracker.host_peak,
-        work=work,
+        work=tracker.work,
         num_trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
         num_total=count_parameters(model),
     )

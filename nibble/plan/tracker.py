@@ -5,7 +5,7 @@ storage counts from the first tensor that shows it until its last tensor is gone
 """
 
 import weakref
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -42,7 +42,7 @@ class Operation(NamedTuple):
     """What one operation asks of a device.
 
     Args:
-        kind: "product", "attention" or "other".
+        kind: "product", "attention", "decode" (a stored weight made dense) or "other".
         flops: Floating-point operations of products and attention.
         bytes: Read and written.
     """
@@ -66,7 +66,7 @@ class MemoryTracker(TorchDispatchMode):
     Attributes:
         live: Bytes alive now, by label; host memory of a CUDA run is not among them.
         peaks: The peak of each phase that was begun.
-        work: How often each operation was asked for, since `work` was last replaced.
+        work: How often each phase asked for each operation.
 
     Args:
         granularity: Every storage is rounded up to a multiple of so many bytes.
@@ -86,7 +86,7 @@ class MemoryTracker(TorchDispatchMode):
         self.host_bytes = 0
         self.host_peak = 0
         self.peaks: dict[str, Peak] = {}
-        self.work: Counter[Operation] = Counter()
+        self.work: defaultdict[str, Counter[Operation]] = defaultdict(Counter)
         self.label = WORKING
         self._total = 0
         self._phase = ""
@@ -121,8 +121,8 @@ class MemoryTracker(TorchDispatchMode):
             self._relabel(tensor.untyped_storage()._cdata, label)
 
     def count_kernel(self, num_bytes: int) -> None:
-        """Count a kernel that is not an operation of torch."""
-        self.work[Operation("other", 0, num_bytes)] += 1
+        """Count a kernel that makes a stored weight dense."""
+        self.work[self._phase][Operation("decode", 0, num_bytes)] += 1
 
     def count_scratch(self, num_bytes: int) -> None:
         """Count memory that lives only within the operation that runs now."""
@@ -197,7 +197,7 @@ class MemoryTracker(TorchDispatchMode):
             kind, flops = "product", 2 * left.numel() * right.shape[-1]
         elif "dot_product" in name:
             kind, flops = "attention", _attention_flops(name, tensors)
-        self.work[Operation(kind, flops, num_bytes)] += 1
+        self.work[self._phase][Operation(kind, flops, num_bytes)] += 1
 
 
 def _attention_flops(name: str, tensors: list[Tensor]) -> int:

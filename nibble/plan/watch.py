@@ -3,7 +3,6 @@
 The same functions watch a step on fake tensors (a plan) and on real ones (its check).
 """
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -16,7 +15,7 @@ from nibble.data.loader import Batch
 from nibble.model.families import decoder_layers, decoder_of
 from nibble.model.ledger import stored_tensors
 from nibble.model.lora import LoRALinear
-from nibble.plan.tracker import MemoryTracker, Operation
+from nibble.plan.tracker import MemoryTracker
 from nibble.train.build import autocast_of, equip
 from nibble.train.evaluate import evaluate
 from nibble.train.loss import token_loss
@@ -64,9 +63,8 @@ def watch_step(
     batches: Sequence[Batch],
     tracker: MemoryTracker,
     buffers: dict[Any, Tensor],
-) -> Counter[Operation]:
-    """One optimizer step; what it computed."""
-    tracker.work = Counter()
+) -> None:
+    """One optimizer step."""
     autocast = autocast_of(run)
 
     def begin(phase: str) -> None:
@@ -84,7 +82,6 @@ def watch_step(
             on_phase=begin,
         )
     tracker.settle(WORKING)
-    return tracker.work
 
 
 def watch_evaluation(
@@ -138,7 +135,7 @@ def _labelled_layers(
 
 def _part_of(kind: str) -> str:
     """The part of memory that a kind of storage belongs to; see `resident_bytes`."""
-    dtype, use = kind.split(" ", 1)
+    _, use = kind.split(" ", 1)
     if use in _EMBEDDING_USES:
         return EMBEDDINGS
     if use in _SMALL_USES:

@@ -13,7 +13,7 @@ from nibble.model.adapt import adapt
 from nibble.model.load import build_storage
 from nibble.model.place import Storage
 from nibble.model.recompute import apply_recompute
-from nibble.train.optimizer import AdamW, parameter_groups
+from nibble.train.optimizer import AdamW, build_optimizer
 
 
 def base_options(run: RunConfig) -> dict[str, Any]:
@@ -41,7 +41,7 @@ def autocast_of(run: RunConfig) -> torch.dtype | None:
 
 
 def equip(model: nn.Module, run: RunConfig) -> AdamW:
-    """Adapt a base in place, set its recompute policy, and make the optimizer of what is trained."""
+    """Adapt a base in place, set its recompute policy, and make its optimizer."""
     if run.method != "full":
         adapt(
             model,
@@ -50,5 +50,4 @@ def equip(model: nn.Module, run: RunConfig) -> AdamW:
             generator=torch.Generator().manual_seed(run.train.seed),
         )
     apply_recompute(model, run.train.recompute)
-    groups = parameter_groups(model, lora_plus_ratio=run.optim.lora_plus_ratio)
-    return AdamW(groups, weight_decay=run.optim.weight_decay)
+    return build_optimizer(model, run.optim)

@@ -13,12 +13,11 @@ from nibble.data.dataset import Dataset, build_dataset
 from nibble.data.loader import Loader
 from nibble.errors import UsageError
 from nibble.events import Emit, LoadEnd, WarningRaised
-from nibble.model.adapt import adapt
 from nibble.model.ledger import count_parameters, resident_bytes
 from nibble.model.load import load_base
-from nibble.model.recompute import apply_recompute
+from nibble.train.build import autocast_of, base_options, equip
 from nibble.train.memory import PeakMemory
-from nibble.train.optimizer import AdamW, parameter_groups
+from nibble.train.optimizer import AdamW
 
 
 @dataclass
@@ -44,14 +43,10 @@ def build_job(run: RunConfig, out: Path, emit: Emit) -> Job:
     torch.manual_seed(run.train.seed)
     peak = PeakMemory(device)
     start = time.monotonic()
-    model, tokenizer = _load(run, device)
-    if run.method != "full":
-        adapt(
-            model,
-            **run.lora.model_dump(exclude={"dtype"}),
-            dtype=getattr(torch, run.lora.dtype),
-            generator=torch.Generator().manual_seed(run.train.seed),
-        )
+    model, tokenizer = load_base(
+        run.model.name, revision=run.model.revision, device=device, **base_options(run)
+    )
+    optimizer = equip(model, run)
     seconds = time.monotonic() - start
     dataset = build_dataset(run.data, tokenizer, seed=run.train.seed)
     for warning in dataset.warnings:
@@ -62,9 +57,6 @@ def build_job(run: RunConfig, out: Path, emit: Emit) -> Job:
         micro_batch_size=int(run.train.micro_batch_size),
         seed=run.train.seed,
     )
-    apply_recompute(model, run.train.recompute)
-    groups = parameter_groups(model, lora_plus_ratio=run.optim.lora_plus_ratio)
-    optimizer = AdamW(groups, weight_decay=run.optim.weight_decay)
     resident = resident_bytes(model)
     num_trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     emit(
@@ -77,8 +69,6 @@ def build_job(run: RunConfig, out: Path, emit: Emit) -> Job:
         )
     )
     steps = run.train.steps or math.ceil(run.train.epochs * loader.steps_per_epoch)
-    is_mixed = run.method == "full" and run.model.dtype == "bfloat16"
-    autocast = torch.bfloat16 if is_mixed else None
     return Job(
         run=run,
         out=out,
@@ -88,26 +78,9 @@ def build_job(run: RunConfig, out: Path, emit: Emit) -> Job:
         loader=loader,
         optimizer=optimizer,
         device=device,
-        autocast=autocast,
+        autocast=autocast_of(run),
         peak=peak,
         steps=steps,
-    )
-
-
-def _load(run: RunConfig, device: torch.device) -> tuple[Any, Any]:
-    is_float32 = run.model.dtype == "float32"
-    is_full = run.method == "full"
-    storage = "float32" if is_full or is_float32 else "bf16"
-    if run.method == "qlora":
-        storage = run.quant.type
-    return load_base(
-        run.model.name,
-        storage,
-        revision=run.model.revision,
-        dtype=torch.float32 if is_full or is_float32 else torch.bfloat16,
-        quant=run.quant.model_dump(exclude={"type"}),
-        trainable=is_full,
-        device=device,
     )
 
 
@@ -120,13 +93,8 @@ def check_run(run: RunConfig) -> None:
         if not run.flat()[key]:
             flag = {"model.name": "--model", "data.train": "--data"}[key]
             raise UsageError(f"{key} is not set", fix=f"give {flag} or set it in the recipe")
-    absent = {
-        "optim.name": ("adamw8bit", "adamw"),
-        "optim.paged": (True, "false"),
-        "train.exactness": ("exact", "default"),
-    }
-    for key, (value, instead) in absent.items():
-        if run.flat()[key] == value:
-            raise UsageError(
-                f"{key}={value} is not available in this version", fix=f"use {key}={instead}"
-            )
+    if run.train.exactness == "exact":
+        raise UsageError(
+            "train.exactness=exact is not available in this version",
+            fix="use train.exactness=default",
+        )

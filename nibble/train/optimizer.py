@@ -3,9 +3,15 @@
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
+
+from nibble.config import OptimConfig
+from nibble.train.paging import PAGE_BYTES_PER_BIT, PagedMoments, ResidentMoments
+from nibble.train.state8bit import MomentFormat, Moments8, Moments32
 
 
 @dataclass(frozen=True)
@@ -38,7 +44,16 @@ class AdamW:
         v = b2 v + (1 - b2) g^2        p = p - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
 
     The parameters of a group and their gradients become views of one buffer each, so a step is
-    a handful of operations whatever the number of layers. Moments are float32.
+    a handful of operations for every page of a million values, whatever the number of layers.
+
+    Args:
+        bits: 32 keeps the moments in 8 bytes a value, 8 in 2.03; they are computed in float32.
+        is_paged: The moments live in host memory and come to the device page by page.
+        budget_bytes: Of a paged optimizer, the moments that may be on the device at once.
+        page_bytes: Moments that a step handles at once; None is about a million values.
+
+    Attributes:
+        moments: Where m and v are; `PagedMoments` counts what it moves.
 
     Source:
         Loshchilov and Hutter 2019, arXiv:1711.05101, algorithm 2.
@@ -51,6 +66,10 @@ class AdamW:
         weight_decay: float = 0.0,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
+        bits: Literal[8, 32] = 32,
+        is_paged: bool = False,
+        budget_bytes: int | None = None,
+        page_bytes: int | None = None,
     ) -> None:
         self.weight_decay = weight_decay
         self.betas = betas
@@ -58,6 +77,17 @@ class AdamW:
         self.num_steps = 0
         self.groups = tuple(groups)
         self._flat = [_FlatGroup.of(group) for group in self.groups]
+        device = self._flat[0].value.device
+        self._format: MomentFormat = Moments8(device) if bits == 8 else Moments32()
+        sizes = [flat.value.numel() for flat in self._flat]
+        page_bytes = page_bytes or bits * PAGE_BYTES_PER_BIT
+        self.moments: ResidentMoments | PagedMoments
+        if is_paged:
+            self.moments = PagedMoments(
+                self._format.parts, sizes, device, page_bytes=page_bytes, budget_bytes=budget_bytes
+            )
+        else:
+            self.moments = ResidentMoments(self._format.parts, sizes, device, page_bytes=page_bytes)
 
     def zero_grad(self) -> None:
         """Set every gradient to zero."""
@@ -77,61 +107,70 @@ class AdamW:
     def step(self, lr: float) -> None:
         """Move the parameters once with learning rate `lr`."""
         self.num_steps += 1
+        for page, parts in self.moments.walk():
+            flat, group = self._flat[page.group], self.groups[page.group]
+            value, grad = flat.value[page.values], flat.grad[page.values]
+            exp_avg, exp_avg_sq = self._format.decode(parts)
+            self._update(value, grad.float(), exp_avg, exp_avg_sq, lr=lr * group.lr_ratio)
+            self._format.encode(exp_avg, exp_avg_sq, parts)
+
+    def _update(
+        self, value: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, *, lr: float
+    ) -> None:
         beta1, beta2 = self.betas
         correction1 = 1 - beta1**self.num_steps
         correction2 = math.sqrt(1 - beta2**self.num_steps)
-        for flat, group in zip(self._flat, self.groups, strict=True):
-            group_lr = lr * group.lr_ratio
-            grad = flat.grad.float()
-            flat.exp_avg.lerp_(grad, 1 - beta1)
-            flat.exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-            denominator = flat.exp_avg_sq.sqrt().div_(correction2).add_(self.eps)
-            if self.weight_decay:
-                flat.value.mul_(1 - group_lr * self.weight_decay)
-            flat.value.addcdiv_(
-                flat.exp_avg.to(flat.value.dtype),
-                denominator.to(flat.value.dtype),
-                value=-group_lr / correction1,
-            )
+        exp_avg.lerp_(grad, 1 - beta1)
+        exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+        denominator = exp_avg_sq.sqrt().div_(correction2).add_(self.eps)
+        if self.weight_decay:
+            value.mul_(1 - lr * self.weight_decay)
+        value.addcdiv_(
+            exp_avg.to(value.dtype), denominator.to(value.dtype), value=-lr / correction1
+        )
 
     def state(self) -> dict[str, Tensor]:
-        """The tensors that a resumed run needs, by name; they are not copied."""
-        tensors: dict[str, Tensor] = {}
-        for index, flat in enumerate(self._flat):
-            tensors[f"group{index}.value"] = flat.value
-            tensors[f"group{index}.exp_avg"] = flat.exp_avg
-            tensors[f"group{index}.exp_avg_sq"] = flat.exp_avg_sq
-        return tensors
+        """The tensors that a resumed run needs, by name; only paged moments are copied."""
+        values = {f"group{index}.value": flat.value for index, flat in enumerate(self._flat)}
+        return {**values, **self.moments.state()}
 
     def load_state(self, tensors: dict[str, Tensor], *, num_steps: int) -> None:
         """Restore what `state` gave; the parameters included."""
         self.num_steps = num_steps
-        for name, tensor in self.state().items():
-            tensor.copy_(tensors[name])
+        for index, flat in enumerate(self._flat):
+            flat.value.copy_(tensors[f"group{index}.value"])
+        self.moments.load(tensors)
+
+
+def build_optimizer(model: nn.Module, optim: OptimConfig) -> AdamW:
+    """The optimizer of all that is trained in `model`."""
+    return AdamW(
+        parameter_groups(model, lora_plus_ratio=optim.lora_plus_ratio),
+        weight_decay=optim.weight_decay,
+        bits=8 if optim.name == "adamw8bit" else 32,
+        is_paged=bool(optim.paged),
+    )
 
 
 @dataclass
 class _FlatGroup:
     value: Tensor
     grad: Tensor
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
 
     @classmethod
     def of(cls, group: ParameterGroup) -> "_FlatGroup":
         first = group.parameters[0]
-        size = sum(p.numel() for p in group.parameters)
-        value = torch.empty(size, dtype=first.dtype, device=first.device)
-        grad = torch.zeros_like(value)
-        start = 0
-        for p in group.parameters:
-            part = slice(start, start + p.numel())
+        ends = list(accumulate(p.numel() for p in group.parameters))
+        parts = [slice(*pair) for pair in pairwise([0, *ends])]
+        value = torch.empty(ends[-1], dtype=first.dtype, device=first.device)
+        for p, part in zip(group.parameters, parts, strict=True):
             value[part].copy_(p.data.flatten())
             p.data = value[part].view_as(p)
+        # Only now, when the old values are gone: three copies at once would be the run's peak.
+        grad = torch.zeros_like(value)
+        for p, part in zip(group.parameters, parts, strict=True):
             p.grad = grad[part].view_as(p)
-            start = part.stop
-        moments = [torch.zeros(size, dtype=torch.float32, device=first.device) for _ in range(2)]
-        return cls(value, grad, *moments)
+        return cls(value, grad)
 
 
 def learning_rate(

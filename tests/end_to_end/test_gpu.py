@@ -7,6 +7,8 @@ import torch
 
 import nibble
 from nibble.events import StepEnd, read_events
+from nibble.model.recompute import HostInputs
+from nibble.train.optimizer import AdamW, ParameterGroup
 
 pytestmark = [
     pytest.mark.gpu,
@@ -24,9 +26,53 @@ def test_4_bit_weights_are_the_same_on_both_devices(type, double):
     assert torch.equal(nibble.dequantize(there).cpu(), nibble.dequantize(here))
 
 
+@pytest.mark.parametrize("budget_in_pages", [2, 5])
+@pytest.mark.parametrize("bits", [32, 8])
+def test_paged_moments_are_the_same_bits(bits, budget_in_pages):
+    def train(**options):
+        parameter = torch.nn.Parameter(torch.linspace(-1, 1, 10 * (1 << 16) + 7, device="cuda"))
+        page_bytes = (1 << 16) * bits // 4
+        optimizer = AdamW(
+            [ParameterGroup((parameter,))], bits=bits, page_bytes=page_bytes, **options
+        )
+        generator = torch.Generator("cuda").manual_seed(0)
+        for _ in range(50):
+            parameter.grad.normal_(generator=generator)
+            optimizer.step(1e-2)
+        return optimizer
+
+    budget_bytes = budget_in_pages * (1 << 16) * bits // 4
+    paged, resident = train(is_paged=True, budget_bytes=budget_bytes), train()
+    assert paged.moments.device_bytes <= budget_bytes
+    assert paged.moments.pages_in >= 50 * (11 - budget_in_pages)
+    assert paged.moments.stall_seconds >= 0
+    there, here = paged.state(), resident.state()
+    assert all(torch.equal(there[name].cpu(), here[name].cpu()) for name in here)
+
+
+def test_layer_inputs_come_back_from_the_host():
+    inputs, values, kept = HostInputs(), [], []
+    x = torch.randn(2048, 2048, device="cuda")
+    for _ in range(8):
+        kept.append(inputs.keep(x))
+        values.append(x.clone().cpu())
+        x = (x @ x).tanh()
+    del x
+    for one, expected in zip(reversed(kept), reversed(values), strict=True):
+        x = inputs.take(one)
+        y = x.clone()
+        del x
+        torch.full((2048, 2048), torch.nan, device="cuda")
+        assert torch.equal(y.cpu(), expected)
+
+
+LEAST_MEMORY = ["optim.name=adamw8bit", "optim.paged=true", "train.recompute=offload"]
+
+
+@pytest.mark.parametrize("more", [[], LEAST_MEMORY], ids=["default", "least memory"])
 @pytest.mark.parametrize("method", ["lora", "qlora", "full"])
 @pytest.mark.parametrize("family", ["llama", "gemma2", "mixtral"])
-def test_three_steps(tiny_model_folder, tmp_path, family, method):
+def test_three_steps(tiny_model_folder, tmp_path, family, method, more):
     data = tmp_path / "train.jsonl"
     words = ("one", "two", "three", "four")
     rows = [{"prompt": f"say {word}", "completion": word} for word in words]
@@ -40,6 +86,7 @@ def test_three_steps(tiny_model_folder, tmp_path, family, method):
         "train.steps=3",
         "optim.lr=1e-2",
         "optim.warmup=0",
+        *more,
     ]
     result = nibble.train(nibble.load_config(None, settings))
     events = read_events(result.out / "events.jsonl")

@@ -16,12 +16,17 @@ from nibble.train.build import base_options
 
 FAMILIES = ("llama", "gemma2", "mixtral")
 METHODS = ("lora", "qlora", "full")
-RECOMPUTE = ("none", "selective", "full")
+RECOMPUTE = ("none", "selective", "full", "offload")
 # Document lengths of each forward pass: one row, packed rows, accumulation.
 ROWS = (((96,),), ((60, 30, 38),), ((64, 64), (32, 90), (128,)))
-EXTRAS = ((), ("lora.dropout=0.1",), ("lora.rank=8", "lora.dtype=bfloat16"))
+EXTRAS = (
+    (),
+    ("lora.dropout=0.1", "optim.name=adamw8bit"),
+    ("lora.rank=8", "lora.dtype=bfloat16"),
+    ("optim.paged=true", "lora.rank=64"),
+)
 CASES = [
-    (family, method, recompute, ROWS[(i + j + k) % 3], EXTRAS[(i + 2 * j + k) % 3])
+    (family, method, recompute, ROWS[(i + j + k) % 3], EXTRAS[(i + 2 * j + k) % 4])
     for i, family in enumerate(FAMILIES)
     for j, method in enumerate(METHODS)
     for k, recompute in enumerate(RECOMPUTE)
@@ -31,7 +36,7 @@ CASES = [
 def run_of(folder, method, recompute, extra):
     settings = [f"method={method}", f"train.recompute={recompute}", "train.micro_batch_size=1"]
     return nibble.load_config(
-        None, [*settings, f"model.name={folder}", "optim.paged=false", *extra]
+        None, ["optim.paged=false", *settings, f"model.name={folder}", *extra]
     )
 
 

@@ -26,6 +26,30 @@ def test_round_trip_with_random_state(tmp_path):
     assert torch.equal(other.state()["group0.value"], torch.full((4,), 2.0))
 
 
+@pytest.mark.parametrize("bits", [32, 8])
+@pytest.mark.parametrize("is_paged", [False, True])
+def test_restored_and_continued_equals_uninterrupted(tmp_path, bits, is_paged):
+    def make():
+        parameter = nn.Parameter(torch.linspace(-1, 1, 1300))
+        pages = {"is_paged": is_paged, "page_bytes": 65 * bits}
+        return AdamW([ParameterGroup((parameter,))], bits=bits, **pages)
+
+    def advance(optimizer, first, last):
+        for step in range(first, last):
+            generator = torch.Generator().manual_seed(step)
+            (parameter,) = optimizer.groups[0].parameters
+            parameter.grad.copy_(torch.randn(1300, generator=generator))
+            optimizer.step(0.01)
+        return optimizer
+
+    whole = advance(make(), 0, 10)
+    save(tmp_path, TrainState(5), advance(make(), 0, 5), identity="x")
+    other = make()
+    restore(tmp_path, other, identity="x")
+    state, expected = advance(other, 5, 10).state(), whole.state()
+    assert all(torch.equal(state[name], expected[name]) for name in expected)
+
+
 def test_newest_are_kept(tmp_path):
     for step in range(1, 5):
         save(tmp_path, TrainState(step), _optimizer(), identity="x")

@@ -4,9 +4,17 @@ import pytest
 import torch
 from torch import nn
 
+from nibble.config import OptimConfig
 from nibble.model.linear4bit import DenseLinear
 from nibble.model.lora import LoRALinear
-from nibble.train.optimizer import AdamW, ParameterGroup, learning_rate, parameter_groups
+from nibble.train.optimizer import (
+    AdamW,
+    ParameterGroup,
+    build_optimizer,
+    learning_rate,
+    parameter_groups,
+)
+from nibble.train.paging import PagedMoments, ResidentMoments
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
@@ -35,11 +43,12 @@ def test_gradients_and_values_are_views_of_one_buffer():
     assert all((p.grad == 0).all() for p in parameters)
 
 
-def test_state_round_trip():
+@pytest.mark.parametrize("bits", [32, 8])
+def test_state_round_trip(bits):
     def make():
         torch.manual_seed(0)
-        parameter = nn.Parameter(torch.randn(6))
-        return parameter, AdamW([ParameterGroup((parameter,))])
+        parameter = nn.Parameter(torch.randn(300))
+        return parameter, AdamW([ParameterGroup((parameter,))], bits=bits)
 
     parameter, optimizer = make()
     for _ in range(3):
@@ -51,6 +60,32 @@ def test_state_round_trip():
         p.grad.fill_(0.2)
         o.step(0.1)
     assert torch.equal(parameter, other)
+
+
+def test_state_has_the_same_names_whatever_the_number_of_pages():
+    def names(**options):
+        return list(AdamW([ParameterGroup((nn.Parameter(torch.ones(600)),))], **options).state())
+
+    assert names() == ["group0.value", "group0.exp_avg", "group0.exp_avg_sq"]
+    assert names(is_paged=True, page_bytes=2048) == names()
+    assert names(bits=8) == names(bits=8, is_paged=True, page_bytes=520)
+    assert sorted(names(bits=8)) == [
+        "group0.exp_avg.codes",
+        "group0.exp_avg.scale",
+        "group0.exp_avg_sq.codes",
+        "group0.exp_avg_sq.scale",
+        "group0.value",
+    ]
+
+
+def test_optimizer_of_a_config():
+    layer = LoRALinear(DenseLinear(nn.Linear(4, 4)), rank=2, alpha=2)
+    plain = build_optimizer(layer, OptimConfig(paged=False))
+    assert isinstance(plain.moments, ResidentMoments)
+    assert "group0.exp_avg" in plain.state()
+    narrow = build_optimizer(layer, OptimConfig(name="adamw8bit", paged=True, lora_plus_ratio=2.0))
+    assert isinstance(narrow.moments, PagedMoments)
+    assert "group1.exp_avg.codes" in narrow.state()
 
 
 def test_lora_plus_groups():

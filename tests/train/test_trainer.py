@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 import nibble
 from nibble.errors import DataError, StoppedError, UsageError
 from nibble.events import EvalEnd, LoadEnd, RunEnd, StepEnd, read_events
+from nibble.train import optimizer
 
 peft = pytest.importorskip("peft")
 FAMILIES = (
@@ -123,11 +124,30 @@ def test_stopped_and_continued_equals_uninterrupted(tiny_model_folder, data, tmp
     assert ends == ["stopped by SIGTERM", "finished"]
 
 
+@pytest.mark.parametrize("method", ["lora", "qlora", "full"])
+def test_least_memory(tiny_model_folder, data, tmp_path, monkeypatch, method):
+    """8-bit moments in pages and layer inputs in host memory, all at once."""
+    monkeypatch.setattr(optimizer, "PAGE_BYTES_PER_BIT", 130)
+    folder, results = tiny_model_folder("llama"), {}
+    least = ("optim.name=adamw8bit", "train.recompute=offload")
+    for name, settings in {
+        "paged": (*least, "optim.paged=true"),
+        "resident": (*least, "optim.paged=false"),
+        "wide": (),
+    }.items():
+        run = _run(folder, data, tmp_path / name, *settings, method=method)
+        results[name] = nibble.train(run)
+    paged, resident, wide = (results[name].final_loss for name in ("paged", "resident", "wide"))
+    assert paged == resident
+    assert paged == pytest.approx(wide, rel=0.02)
+    files = [next(results[name].adapter.glob("*.safetensors")) for name in ("paged", "resident")]
+    first, second = (load_file(file) for file in files)
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("optim.name=adamw8bit", "adamw8bit is not available"),
-        ("optim.paged=true", "optim.paged=True is not available"),
         ("train.exactness=exact", "train.exactness=exact is not available"),
         ("data.train=''", "data.train is not set"),
     ],

@@ -1,0 +1,279 @@
+"""LoRA or QLoRA, and with which settings: the fastest way that fits, and why.
+
+    every option -> forecast of memory and time -> those that fit -> the fastest of each method
+                 -> the method, its reasons, and the runner-up
+
+No rule here says which method a device wants: bytes and seconds decide.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from nibble.config import RunConfig
+from nibble.plan.budget import CONTEXT_BYTES, budget_bytes
+from nibble.plan.devices import Device
+from nibble.plan.forecast import Forecast, Forecaster, Option, forecaster
+from nibble.plan.rows import Rows, full_rows
+from nibble.plan.watch import SAVED
+
+# LoRA's base is exact: QLoRA must be this much faster to be preferred where both fit.
+QLORA_MUST_SAVE = 0.10
+# More tokens in a forward pass bring nothing: products are at full speed.
+PASS_TOKENS = {"cuda": 8192, "cpu": 4096}
+# From the least recomputation, the fastest, to the least memory.
+POLICIES = {"cuda": ("none", "selective", "offload", "full"), "cpu": ("none", "selective", "full")}
+_SHORTEST = 64
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The chosen way to run, or the way that comes closest where none fits.
+
+    Args:
+        forecast: What it needs.
+        fits: Whether that is within the budget.
+        reasons: Sentences for a person.
+        runner_up: The best way of the other method, or None where the method was given.
+        changes: Where nothing fits: what would, smallest change first.
+    """
+
+    forecast: Forecast
+    fits: bool
+    reasons: tuple[str, ...]
+    runner_up: Forecast | None = None
+    changes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Question:
+    """A run, the model's config.json, the rows and the device that is asked about."""
+
+    run: RunConfig
+    values: dict[str, Any]
+    rows: Rows
+    device: Device
+
+    @property
+    def budget(self) -> int:
+        """Bytes that one device has for the run."""
+        return budget_bytes(self.device)
+
+    def forecaster(self) -> Forecaster:
+        """Forecasts of options of this run."""
+        return forecaster(self.run, self.values, self.rows, self.device)
+
+
+def advise(question: Question) -> Choice:
+    """The fastest option that fits, of the methods and settings that the run leaves open."""
+    forecast = question.forecaster()
+    best = {method: _best(question, forecast, method) for method in _methods(question.run)}
+    fitting = {m: f for m, f in best.items() if f.needed_bytes <= question.budget}
+    if not fitting:
+        closest = min(best.values(), key=lambda f: f.needed_bytes)
+        return Choice(
+            forecast=closest,
+            fits=False,
+            reasons=(_does_not_fit(question, closest),),
+            changes=tuple(_changes(question, closest)),
+        )
+    chosen = _preferred(fitting)
+    others = [f for m, f in best.items() if m != chosen.option.method]
+    reasons = [
+        _why_method(question, chosen, best),
+        *_why_settings(question, chosen, forecast),
+    ]
+    return Choice(chosen, True, tuple(reasons), others[0] if others else None)
+
+
+def _methods(run: RunConfig) -> Sequence[str]:
+    return ("lora", "qlora") if run.method == "auto" else (run.method,)
+
+
+def _preferred(fitting: dict[str, Forecast]) -> Forecast:
+    fastest = min(fitting.values(), key=lambda f: f.step_seconds)
+    lora = fitting.get("lora")
+    if lora is not None and fastest.step_seconds > (1 - QLORA_MUST_SAVE) * lora.step_seconds:
+        return lora
+    return fastest
+
+
+def _best(question: Question, forecast: Forecaster, method: str) -> Forecast:
+    """The fastest option of a method that fits, or else the one that needs the least."""
+    sizes, policies = _sizes(question), _policies(question)
+    least = []
+    for optimizer, paged in _optimizers(question):
+        smallest = [forecast(Option(method, p, sizes[0], optimizer, paged)) for p in policies[-2:]]
+        least.append(min(smallest, key=lambda f: f.needed_bytes))
+        if least[-1].needed_bytes <= question.budget:
+            return _fastest(question, forecast, Option(method, "", 0, optimizer, paged))
+    return min(least, key=lambda f: f.needed_bytes)
+
+
+def _fastest(question: Question, forecast: Forecaster, start: Option) -> Forecast:
+    """The fastest policy and number of rows that fit; one of them does."""
+    fitting: list[Forecast] = []
+    for recompute in _policies(question):
+        options = [
+            replace(start, recompute=recompute, micro_batch_size=size) for size in _sizes(question)
+        ]
+        found = [f for f in map(forecast, options) if f.needed_bytes <= question.budget]
+        fitting += found
+        if len(found) == len(options):
+            break  # every size fits: further recomputation would only cost time
+    return min(fitting, key=lambda f: (f.step_seconds, f.needed_bytes))
+
+
+def _policies(question: Question) -> Sequence[str]:
+    asked = question.run.train.recompute
+    return POLICIES[question.device.type] if asked == "auto" else (asked,)
+
+
+def _sizes(question: Question) -> list[int]:
+    """Rows per forward pass, as far as more of them make products faster."""
+    most = PASS_TOKENS[question.device.type]
+    sizes = sorted(question.rows.worst)
+    return [s for s in sizes if s == sizes[0] or sum(question.rows.worst[s]) <= most]
+
+
+def _optimizers(question: Question) -> Iterator[tuple[str, bool]]:
+    """As asked; then with pages, whose arithmetic is the same; then with moments of 8 bits."""
+    optim = question.run.optim
+    is_open = optim.paged == "auto"
+    yield optim.name, optim.paged is True
+    if is_open and question.device.type == "cuda":
+        yield optim.name, True
+    if question.run.origin("optim.name") == "default":
+        yield "adamw8bit", optim.paged is True
+
+
+def _why_method(question: Question, chosen: Forecast, best: dict[str, Forecast]) -> str:
+    method = chosen.option.method
+    if question.run.method != "auto":
+        return (
+            f"{method} was asked for: it needs {_gb(chosen.needed_bytes)} of the "
+            f"{_gb(question.budget)} that the device has for it."
+        )
+    lora, qlora = best["lora"], best["qlora"]
+    if lora.needed_bytes > question.budget:
+        return (
+            f"qlora: lora needs at least {_gb(lora.needed_bytes)} and the device has "
+            f"{_gb(question.budget)}; with the base in 4 bits it takes {_gb(qlora.needed_bytes)}."
+        )
+    ratio = qlora.step_seconds / lora.step_seconds
+    if method == "qlora":
+        return (
+            f"qlora: both fit, and it is {100 * (1 - ratio):.0f} % faster: the memory that 4 bits "
+            f"save is spent on recomputing less ({qlora.option.recompute} instead of "
+            f"{lora.option.recompute})."
+        )
+    pace = (
+        f"{100 * (ratio - 1):.0f} % slower" if ratio >= 1 else f"{100 * (1 - ratio):.0f} % faster"
+    )
+    return (
+        f"lora: the base fits in 16 bits ({_gb(lora.needed_bytes)} of {_gb(question.budget)}) and "
+        f"stays exact; qlora would be {pace}."
+    )
+
+
+def _why_settings(question: Question, chosen: Forecast, forecast: Forecaster) -> Iterator[str]:
+    option = chosen.option
+    twin_method = {"lora": "qlora", "qlora": "lora"}.get(option.method)
+    if twin_method:
+        twin = forecast(replace(option, method=twin_method))
+        low, high = sorted((chosen.peak_bytes, twin.peak_bytes))
+        saved = 100 * (1 - low / high)
+        yield f"With these settings qlora needs {saved:.0f} % less memory than lora."
+    if question.run.train.recompute == "auto":
+        yield from _why_recompute(question, option, forecast)
+    tokens = sum(question.rows.worst[option.micro_batch_size])
+    if question.run.train.micro_batch_size == "auto":
+        yield (
+            f"{option.micro_batch_size} rows in a forward pass, at most {tokens:,} tokens; "
+            f"{question.run.train.batch_size} rows make a step."
+        )
+    if option.paged and question.run.optim.paged == "auto":
+        yield "Optimizer state is paged to host memory: without it the run would not fit."
+    if option.optimizer != question.run.optim.name:
+        yield "Moments are kept in 8 bits: in 32 bits the run would not fit."
+
+
+def _why_recompute(question: Question, option: Option, forecast: Forecaster) -> Iterator[str]:
+    policies = _policies(question)
+    if option.recompute == policies[0]:
+        most = forecast(replace(option, recompute=policies[-1]))
+        least = forecast(option)
+        share = 100 * (1 - least.step_seconds / most.step_seconds)
+        yield (
+            f"recompute none: activations take {_gb(_saved(least))} and spare {share:.0f} % of the "
+            "time of a step that full recomputation would take."
+        )
+        return
+    lighter = forecast(replace(option, recompute="none"))
+    yield (
+        f"recompute {option.recompute}: with all activations kept, {_gb(_saved(lighter))} of them, "
+        f"the run would need {_gb(lighter.needed_bytes)}."
+    )
+
+
+def _saved(forecast: Forecast) -> int:
+    return forecast.phases["backward"].parts.get(SAVED, 0)
+
+
+def _does_not_fit(question: Question, closest: Forecast) -> str:
+    return (
+        f"nothing fits: {closest.option.method} with recompute {closest.option.recompute} and "
+        f"{closest.option.micro_batch_size} row a pass needs {_gb(closest.needed_bytes)}, the "
+        f"device has {_gb(question.budget)}."
+    )
+
+
+def _changes(question: Question, closest: Forecast) -> Iterator[str]:
+    """Up to three changes that would make it fit, the smallest first."""
+    run = question.run
+    count = 0
+    if run.method in ("lora", "full") and _would_fit(question, {"method": "qlora"}):
+        count += 1
+        yield "method=qlora"
+    for changed in ({}, {"lora.rank": max(1, run.lora.rank // 2)}):
+        length = _longest_that_fits(question, changed)
+        if length is not None and count < 2:
+            count += 1
+            told = [*(f"{key}={value}" for key, value in changed.items())]
+            yield ", ".join([*told, f"data.max_seq_len={length}"])
+    device = "memory" if question.device.type == "cpu" else "a device"
+    wanted = closest.needed_bytes + (CONTEXT_BYTES if question.device.type == "cuda" else 0)
+    yield f"{device} with at least {-(-wanted // 2**30)} GiB"
+    if count < 2:
+        yield f"a model of at most {_share_of_weights(question, closest):.0%} as many weights"
+
+
+def _would_fit(question: Question, changed: dict[str, Any]) -> bool:
+    return _asked(question, changed).needed_bytes <= question.budget
+
+
+def _asked(question: Question, changed: dict[str, Any]) -> Forecast:
+    """The smallest forecast of the run with other values."""
+    run = question.run.with_values(changed, "planner")
+    rows = full_rows(run) if "data.max_seq_len" in changed else question.rows
+    asked = replace(question, run=run, rows=rows)
+    forecast = asked.forecaster()
+    return min((_best(asked, forecast, m) for m in _methods(run)), key=lambda f: f.needed_bytes)
+
+
+def _longest_that_fits(question: Question, changed: dict[str, Any]) -> int | None:
+    """The longest of the halves of data.max_seq_len that fits, at least 64 tokens."""
+    length = question.run.data.max_seq_len // 2
+    while length >= _SHORTEST:
+        if _would_fit(question, {**changed, "data.max_seq_len": length}):
+            return length
+        length //= 2
+    return None
+
+
+def _share_of_weights(question: Question, closest: Forecast) -> float:
+    return question.budget / closest.needed_bytes
+
+
+def _gb(num_bytes: float) -> str:
+    return f"{num_bytes / 1e9:.1f} GB"

@@ -1,0 +1,240 @@
+"""What each way to run would need: memory and time, from simulations of a shortened model.
+
+Decoder layers repeat, so every part of memory is linear in their number; two simulations with few
+layers give the line. What is chosen in the end is simulated whole.
+"""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+from nibble.config import RunConfig
+from nibble.model.families import family_of
+from nibble.model.skeleton import build_config
+from nibble.plan.budget import margin_bytes, workspace_bytes
+from nibble.plan.devices import Device
+from nibble.plan.estimate import Rates, rates_of, work_seconds
+from nibble.plan.rows import Rows
+from nibble.plan.simulate import Shape, Simulation, simulate
+from nibble.plan.tracker import Operation, Peak
+from nibble.plan.watch import SAVED, WORKING
+
+# Phases whose transient parts grow with the rows of a forward pass.
+_PASS = ("forward", "backward")
+
+
+@dataclass(frozen=True)
+class Option:
+    """One way to run: the settings that a plan chooses."""
+
+    method: str
+    recompute: str
+    micro_batch_size: int
+    optimizer: str = "adamw"
+    paged: bool = False
+
+    def settings(self) -> dict[str, Any]:
+        """The same as dotted keys of the config."""
+        return {
+            "method": self.method,
+            "train.micro_batch_size": self.micro_batch_size,
+            "train.recompute": self.recompute,
+            "optim.name": self.optimizer,
+            "optim.paged": self.paged,
+        }
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What an option needs.
+
+    Args:
+        phases: Peak tensor bytes of each phase.
+        peak_bytes: The highest of them with the workspace of libraries.
+        needed_bytes: The same with the margin for fragmentation.
+        host_bytes: Host memory of pages and checkpoints.
+        step_seconds: An optimizer step of average rows; relative where rates are unknown.
+        num_trainable: Values that are trained.
+        num_total: Values of base and adapters.
+    """
+
+    option: Option
+    phases: dict[str, Peak]
+    peak_bytes: int
+    needed_bytes: int
+    host_bytes: int
+    step_seconds: float
+    num_trainable: int
+    num_total: int
+
+    @property
+    def peak(self) -> Peak:
+        """The highest of all phases."""
+        return max(self.phases.values(), key=lambda peak: peak.bytes)
+
+
+Forecaster = Callable[[Option], Forecast]
+
+
+def forecaster(run: RunConfig, values: dict[str, Any], rows: Rows, device: Device) -> Forecaster:
+    """A function that forecasts options of this run; simulations are shared between them."""
+    lengths = _short_lengths(values)
+    total = _num_layers(values)
+    rates = rates_of(device)
+
+    @cache
+    def simulated(option: Option, num_layers: int) -> Simulation:
+        return _simulate(run, _with_layers(values, num_layers), rows, option, device)
+
+    def forecast(option: Option) -> Forecast:
+        single = replace(option, micro_batch_size=min(rows.worst))
+        first, second = (simulated(single, length) for length in lengths)
+        long = _extended(first, second, (total - lengths[0]) / (lengths[1] - lengths[0]))
+        scale = sum(rows.worst[option.micro_batch_size]) / sum(rows.worst[min(rows.worst)])
+        return _forecast(run, rows, option, _scaled(long, scale), (device, rates))
+
+    def whole(option: Option) -> Forecast:
+        return exact_forecast(run, values, rows, device)(option)
+
+    return forecast if lengths[1] < total else whole
+
+
+def exact_forecast(
+    run: RunConfig, values: dict[str, Any], rows: Rows, device: Device
+) -> Forecaster:
+    """A function that simulates the whole model for each option."""
+    rates = rates_of(device)
+
+    @cache
+    def forecast(option: Option) -> Forecast:
+        simulation = _simulate(run, values, rows, option, device)
+        return _forecast(run, rows, option, simulation, (device, rates))
+
+    return forecast
+
+
+def _simulate(
+    run: RunConfig, values: dict[str, Any], rows: Rows, option: Option, device: Device
+) -> Simulation:
+    documents = rows.worst[option.micro_batch_size]
+    shape = Shape((documents,), rows.eval_documents, rows.target_share)
+    chosen = run.with_values(option.settings(), "planner")
+    return simulate(chosen, values, shape, device=device.type)
+
+
+def _forecast(
+    run: RunConfig,
+    rows: Rows,
+    option: Option,
+    simulation: Simulation,
+    on: tuple[Device, Rates],
+) -> Forecast:
+    device, rates = on
+    peak = simulation.peak
+    peak_bytes = peak.bytes + workspace_bytes(device)
+    return Forecast(
+        option=option,
+        phases=simulation.phases,
+        peak_bytes=peak_bytes,
+        needed_bytes=peak_bytes + margin_bytes(device, peak),
+        host_bytes=simulation.host_bytes,
+        step_seconds=_step_seconds(run, rows, option, simulation, rates),
+        num_trainable=simulation.num_trainable,
+        num_total=simulation.num_total,
+    )
+
+
+def _step_seconds(
+    run: RunConfig, rows: Rows, option: Option, simulation: Simulation, rates: Rates
+) -> float:
+    """Forward and backward for every row of the batch, and one move of the optimizer."""
+    counted_tokens = sum(rows.worst[option.micro_batch_size])
+    scale = option.micro_batch_size * rows.mean_row_tokens / counted_tokens
+    num_passes = -(-run.train.batch_size // option.micro_batch_size)
+    work: Counter[Operation] = sum((simulation.work[phase] for phase in _PASS), Counter())
+    one_pass = work_seconds(work, rates, scale=scale)
+    moved = 2 * simulation.host_bytes / rates.host_link
+    if option.recompute == "offload":
+        one_pass = max(one_pass, scale * moved)
+    optimizer = work_seconds(simulation.work["optimizer"], rates)
+    return num_passes * one_pass + optimizer + (moved if option.paged else 0.0)
+
+
+def _short_lengths(values: dict[str, Any]) -> tuple[int, int]:
+    """Two numbers of layers that hold whole periods of the pattern of layers."""
+    config = build_config(values)
+    total = config.num_hidden_layers
+    if not family_of(config).is_first_class:
+        return total, total
+    kinds = list(getattr(config, "layer_types", None) or [""] * total)
+    period = next(p for p in range(1, total + 1) if kinds == (kinds[:p] * total)[:total])
+    # With one layer alone, other moments are the highest than with many.
+    first = max(2, period)
+    return first, first + period
+
+
+def _num_layers(values: dict[str, Any]) -> int:
+    return build_config(values).num_hidden_layers
+
+
+def _with_layers(values: dict[str, Any], count: int) -> dict[str, Any]:
+    key = next((k for k in ("num_hidden_layers", "n_layer") if k in values), "num_hidden_layers")
+    changed = {**values, key: count}
+    if isinstance(values.get("layer_types"), list):
+        changed["layer_types"] = values["layer_types"][:count]
+    return changed
+
+
+def _extended(first: Simulation, second: Simulation, times: float) -> Simulation:
+    """`first` with `times` the difference of the two added to every figure."""
+
+    def line(a: float, b: float) -> int:
+        return round(a + times * (b - a))
+
+    phases = {}
+    for name, peak in first.phases.items():
+        other = second.phases[name].parts
+        parts = {
+            part: line(peak.parts.get(part, 0), other.get(part, 0))
+            for part in {**peak.parts, **other}
+        }
+        phases[name] = Peak(sum(parts.values()), parts)
+    work = {}
+    for phase, counted in first.work.items():
+        difference = Counter(second.work[phase])
+        difference.subtract(counted)
+        work[phase] = Counter(
+            {op: line(counted[op], counted[op] + n) for op, n in difference.items()}
+        )
+    return Simulation(
+        phases=phases,
+        host_bytes=line(first.host_bytes, second.host_bytes),
+        work=work,
+        num_trainable=line(first.num_trainable, second.num_trainable),
+        num_total=line(first.num_total, second.num_total),
+    )
+
+
+def _scaled(simulation: Simulation, scale: float) -> Simulation:
+    """The same for `scale` times as many tokens in a forward pass."""
+    if scale == 1:
+        return simulation
+    phases = dict(simulation.phases)
+    for name in _PASS:
+        parts = dict(phases[name].parts)
+        for part in (SAVED, WORKING):
+            parts[part] = round(parts.get(part, 0) * scale)
+        phases[name] = Peak(sum(parts.values()), parts)
+    work = dict(simulation.work)
+    for name in _PASS:
+        work[name] = Counter()
+        for operation, count in simulation.work[name].items():
+            is_fixed = operation.kind == "decode"
+            factor = 1 if is_fixed else scale
+            grown = Operation(
+                operation.kind, round(operation.flops * factor), round(operation.bytes * factor)
+            )
+            work[name][grown] += count
+    return replace(simulation, phases=phases, work=work)

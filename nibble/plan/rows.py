@@ -1,0 +1,100 @@
+"""The rows that a plan is made for: the user's own, or full ones where there is no data yet."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from nibble.config import RunConfig
+from nibble.data.dataset import Dataset
+from nibble.data.loader import Loader, eval_batches
+from nibble.data.packing import Row
+
+Documents = tuple[int, ...]
+
+# Tokens of an evaluation batch, or one row where that is longer.
+EVAL_TOKENS = 4096
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Document lengths of training rows and of the largest evaluation batch.
+
+    Args:
+        worst: By rows per forward pass: the documents of the largest pass of the whole run.
+        eval_documents: Those of the largest evaluation batch; empty without held-out data.
+        num_steps: Optimizer steps of the run; None where they are not known.
+        mean_row_tokens: Tokens of a row on average.
+        target_share: Share of tokens that carry loss.
+        is_assumed: Whether these are full rows of `data.max_seq_len` for want of data.
+    """
+
+    worst: dict[int, Documents]
+    eval_documents: Documents
+    num_steps: int | None
+    mean_row_tokens: float
+    target_share: float = 1.0
+    is_assumed: bool = False
+
+
+def full_rows(run: RunConfig) -> Rows:
+    """Rows of one document of `data.max_seq_len` tokens each."""
+    length = run.data.max_seq_len
+    num_eval = max(1, EVAL_TOKENS // length) if run.data.eval else 0
+    return Rows(
+        worst={size: (length,) * size for size in _sizes(run)},
+        eval_documents=(length,) * num_eval,
+        num_steps=run.train.steps,
+        mean_row_tokens=length,
+        is_assumed=True,
+    )
+
+
+def rows_of(dataset: Dataset, run: RunConfig) -> Rows:
+    """The rows of a data set, in the order in which the run will see them."""
+    loader = Loader(
+        dataset.train,
+        batch_size=run.train.batch_size,
+        micro_batch_size=1,
+        seed=run.train.seed,
+    )
+    num_steps = run.train.steps or math.ceil(run.train.epochs * loader.steps_per_epoch)
+    held_out = [
+        tuple(length for row_id in batch.row_ids for length in dataset.eval[row_id].doc_lens)
+        for batch in eval_batches(dataset.eval, max_tokens=EVAL_TOKENS)
+    ]
+    tokens = sum(len(row) for row in dataset.train)
+    return Rows(
+        worst={size: _worst(loader, num_steps, size) for size in _sizes(run)},
+        eval_documents=max(held_out, key=sum, default=()),
+        num_steps=num_steps,
+        mean_row_tokens=tokens / len(dataset.train),
+        target_share=sum(row.num_target_tokens for row in dataset.train) / tokens,
+    )
+
+
+def worst_row_ids(loader: Loader, num_steps: int, size: int) -> list[int]:
+    """The rows of the forward pass of `size` rows with the most tokens in the whole run."""
+    worst: list[int] = []
+    for step in range(num_steps):
+        ids = loader.row_ids(step)
+        for at in range(0, len(ids), size):
+            part = ids[at : at + size]
+            if _num_tokens(loader.rows, part) > _num_tokens(loader.rows, worst):
+                worst = part
+    return worst
+
+
+def _worst(loader: Loader, num_steps: int, size: int) -> Documents:
+    ids = worst_row_ids(loader, num_steps, size)
+    return tuple(length for i in ids for length in loader.rows[i].doc_lens)
+
+
+def _num_tokens(rows: Sequence[Row], ids: Sequence[int]) -> int:
+    return sum(len(rows[i]) for i in ids)
+
+
+def _sizes(run: RunConfig) -> list[int]:
+    """Rows per forward pass to consider: what is set, or powers of two up to the batch."""
+    if run.train.micro_batch_size != "auto":
+        return [int(run.train.micro_batch_size)]
+    return [2**power for power in range(run.train.batch_size.bit_length())]
