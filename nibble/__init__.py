@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from nibble.kernels.nf4 import Quantized, dequantize, quantize
     from nibble.model.adapt import AdaptedLayers, adapt
     from nibble.model.load import load_base
+    from nibble.plan.plan import Plan
+    from nibble.plan.plan import make_plan as plan
     from nibble.serve.generate import generate
     from nibble.train.trainer import Result, train
 
@@ -27,6 +29,7 @@ bound_caches()
 _HOME = {
     "AdaptedLayers": "nibble.model.adapt",
     "Quantized": "nibble.kernels.nf4",
+    "Plan": "nibble.plan.plan",
     "Result": "nibble.train.trainer",
     "RunConfig": "nibble.config",
     "adapt": "nibble.model.adapt",
@@ -39,10 +42,11 @@ _HOME = {
     "write_adapter": "nibble.adapter.format",
 }
 
-_CALLABLE_ROOMS = {"train"}
+_CALLABLE_ROOMS = {"plan", "train"}
 
 __all__ = [
     "AdaptedLayers",
+    "Plan",
     "Quantized",
     "Result",
     "RunConfig",
@@ -51,6 +55,7 @@ __all__ = [
     "generate",
     "load_base",
     "load_config",
+    "plan",
     "quantize",
     "read_adapter",
     "train",

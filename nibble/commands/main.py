@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import typer
 
-from nibble.commands import chat, config, data, demo, doctor, evaluate, train
+from nibble.commands import chat, config, data, demo, doctor, evaluate, plan, train
 from nibble.environment import wait_passively
 from nibble.errors import NibbleError
 
@@ -17,6 +17,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("demo")(demo.demo)
+app.command("plan")(plan.plan)
 app.command("train")(train.train)
 app.command("eval")(evaluate.evaluate)
 app.command("chat")(chat.chat)

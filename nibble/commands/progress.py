@@ -1,6 +1,7 @@
 """What a person sees while a run goes on: a bar, lines for evaluations, warnings."""
 
 import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -73,6 +74,33 @@ def size(num_bytes: float) -> str:
             return f"{num_bytes:.0f} B" if unit == "B" else f"{num_bytes:.1f} {unit}"
         num_bytes /= 1024
     raise AssertionError
+
+
+def gigabytes(num_bytes: float) -> str:
+    """Bytes as a plan shows them.
+
+    >>> gigabytes(3_341_000_000)
+    '3.3 GB'
+    """
+    return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.1f} MB"
+
+
+def overrides(flags: Mapping[str, str], data: Sequence[str] | None) -> list[str]:
+    """Flags of a command as `section.key=value`; empty ones are left out."""
+    found = [f"{key}={_quoted(value)}" for key, value in flags.items() if value]
+    if data:
+        listed = ", ".join(_quoted(name) for name in data)
+        found.append(f"data.train={listed if len(data) == 1 else f'[{listed}]'}")
+    return found
+
+
+def _quoted(value: str) -> str:
+    """Text as YAML text, unless it is a number such as a fraction."""
+    try:
+        float(value)
+    except ValueError:
+        return to_json(value)
+    return value
 
 
 def to_json(values: Any) -> str:

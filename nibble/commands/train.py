@@ -18,6 +18,7 @@ def train(
     out: Annotated[str, typer.Option(help="Folder of the run.")] = "",
     set_: Annotated[list[str] | None, typer.Option("--set", help="section.key=value")] = None,
     fresh: Annotated[bool, typer.Option(help="Start over; the folder must be empty.")] = False,
+    anyway: Annotated[bool, typer.Option(help="Start even if the plan says no.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Train, or continue the run that stands in --out."""
@@ -29,11 +30,7 @@ def train(
         "method": method,
         "out": out,
     }
-    overrides = [f"{key}={_quoted(value)}" for key, value in flags.items() if value]
-    if data:
-        listed = ", ".join(_quoted(name) for name in data)
-        overrides.append(f"data.train={listed if len(data) == 1 else f'[{listed}]'}")
-    run = load_config(recipe, [*overrides, *(set_ or [])])
+    run = load_config(recipe, [*progress.overrides(flags, data), *(set_ or [])])
 
     from nibble import api
     from nibble.train import folder
@@ -44,7 +41,7 @@ def train(
     if folder.is_finished(target):
         typer.echo(f"{target} is finished already; nothing to do", err=True)
     with progress.TrainingBar() as bar:
-        result = api.train(run, bar)
+        result = api.train(run, bar, anyway=anyway)
     if as_json:
         values = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(result).items()}
         typer.echo(progress.to_json(values))
@@ -57,15 +54,6 @@ def train(
     typer.echo(f"speed          {result.tokens_per_s:,.0f} tokens/s")
     flag = "--model" if run.method == "full" else f"--model {run.model.name} --adapter"
     typer.echo(f"try it         nibble chat {flag} {result.adapter}", err=True)
-
-
-def _quoted(value: str) -> str:
-    """Text as YAML text, unless it is a number such as a fraction."""
-    try:
-        float(value)
-    except ValueError:
-        return progress.to_json(value)
-    return value
 
 
 def _refuse_content(folder: Path) -> None:

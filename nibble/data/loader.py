@@ -107,6 +107,16 @@ class Loader:
             for at in range(0, len(mine), size)
         ]
 
+    def largest_pass(self, num_steps: int, size: int) -> list[int]:
+        """The rows of the pass of `size` rows with the most tokens in the first steps of a run."""
+        lengths = np.array([len(row) for row in self.rows])
+        largest: list[int] = []
+        for step in range(num_steps):
+            ids = self.row_ids(step)
+            parts = [ids[at : at + size] for at in range(0, len(ids), size)]
+            largest = max([largest, *parts], key=lambda part: lengths[part].sum() if part else 0)
+        return largest
+
     def _order(self, epoch: int) -> list[int]:
         if self._permutation[0] != epoch:
             # RandomState is numpy's frozen generator: its draws never change between versions.

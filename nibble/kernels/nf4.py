@@ -177,7 +177,8 @@ def dequantize(
     """
     out_flat, shape = _prepare_out(q, dtype=dtype, out=out, start=start, count=count)
     if is_fake(out_flat):
-        report_kernel(out_flat.nbytes + q.nbytes * out_flat.numel() // q.numel)
+        num_parts = q.numel // out_flat.numel()
+        report_kernel(out_flat.nbytes + q.nbytes // num_parts, num_parts)
         return out_flat.view(shape)
     library = _library(q.codes, out_flat)
     if library is None:

@@ -14,8 +14,12 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+KernelListener = Callable[[int, int], None]
+
 _planned: ContextVar[str | None] = ContextVar("planned device type", default=None)
-_on_kernel: ContextVar[Callable[[int], None] | None] = ContextVar("kernel listener", default=None)
+_on_kernel: ContextVar[Callable[[int, int], None] | None] = ContextVar(
+    "kernel listener", default=None
+)
 _on_host: ContextVar[bool] = ContextVar("allocating on the host", default=False)
 
 
@@ -26,11 +30,14 @@ def device_type(of: Tensor | torch.device) -> str:
 
 
 @contextmanager
-def planned_device(type: str, *, on_kernel: Callable[[int], None] | None = None) -> Iterator[None]:
+def planned_device(
+    type: str, *, on_kernel: Callable[[int, int], None] | None = None
+) -> Iterator[None]:
     """Within the block, code chooses what it would choose on a device of this type.
 
     Args:
-        on_kernel: Receives the bytes that each kernel on fake tensors would read and write.
+        on_kernel: Receives, of each kernel on fake tensors, the bytes that it would read and
+            write, and of how many equal parts of its input it handles one.
     """
     tokens = _planned.set(type), _on_kernel.set(on_kernel)
     try:
@@ -45,11 +52,11 @@ def is_fake(tensor: Tensor) -> bool:
     return isinstance(tensor, FakeTensor)
 
 
-def report_kernel(num_bytes: int) -> None:
+def report_kernel(num_bytes: int, num_parts: int = 1) -> None:
     """Say what a kernel would read and write, where it was given fake tensors."""
     listen = _on_kernel.get()
     if listen is not None:
-        listen(num_bytes)
+        listen(num_bytes, num_parts)
 
 
 def host_empty(*shape: int, dtype: torch.dtype) -> Tensor:

@@ -77,7 +77,7 @@ def load_base(
     entries = read_index(folder)
     _check_depth(values, entries)
     config = build_config(values)
-    tokenizer = _load_tokenizer(folder, config)
+    tokenizer = load_tokenizer(folder, config)
     model = build_skeleton(config, stored.dtype)
     _load_generation_config(model, folder)
     _load_weights(model, folder, entries, stored, torch.device(device or "cpu"))
@@ -179,7 +179,12 @@ def _check_unlisted(model: PreTrainedModel, storage: Storage) -> None:
     )
 
 
-def _load_tokenizer(folder: Path, config: Any) -> Any:
+def load_tokenizer(folder: Path, config: Any = None) -> Any:
+    """The tokenizer of a model folder.
+
+    Raises:
+        ModelError: If there is none, or it cannot be read.
+    """
     names = ("tokenizer.json", "tokenizer.model", "vocab.json")
     if not any((folder / name).is_file() for name in names):
         raise ModelError(

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from nibble.config import RunConfig
-from nibble.plan.budget import CONTEXT_BYTES, budget_bytes
+from nibble.plan.budget import budget_bytes
 from nibble.plan.devices import Device
 from nibble.plan.forecast import Forecast, Forecaster, Option, forecaster
 from nibble.plan.rows import Rows, full_rows
@@ -23,6 +23,8 @@ QLORA_MUST_SAVE = 0.10
 PASS_TOKENS = {"cuda": 8192, "cpu": 4096}
 # From the least recomputation, the fastest, to the least memory.
 POLICIES = {"cuda": ("none", "selective", "offload", "full"), "cpu": ("none", "selective", "full")}
+# Recomputing more costs at least this factor, however many rows it makes room for.
+RECOMPUTE_COSTS = 1.05
 _SHORTEST = 64
 
 
@@ -100,27 +102,35 @@ def _preferred(fitting: dict[str, Forecast]) -> Forecast:
 
 def _best(question: Question, forecast: Forecaster, method: str) -> Forecast:
     """The fastest option of a method that fits, or else the one that needs the least."""
-    sizes, policies = _sizes(question), _policies(question)
     least = []
     for optimizer, paged in _optimizers(question):
-        smallest = [forecast(Option(method, p, sizes[0], optimizer, paged)) for p in policies[-2:]]
-        least.append(min(smallest, key=lambda f: f.needed_bytes))
+        least.append(_smallest(question, forecast, Option(method, "", 0, optimizer, paged)))
         if least[-1].needed_bytes <= question.budget:
-            return _fastest(question, forecast, Option(method, "", 0, optimizer, paged))
+            return _fastest(question, forecast, least[-1].option)
+        if least[-1].phases["load"].bytes > question.budget:
+            break  # the base alone is too large
     return min(least, key=lambda f: f.needed_bytes)
+
+
+def _smallest(question: Question, forecast: Forecaster, start: Option) -> Forecast:
+    """One row in a pass, and the policy that keeps the least."""
+    size, policies = _sizes(question)[0], _policies(question)
+    recompute = "offload" if "offload" in policies else policies[-1]
+    return forecast(replace(start, recompute=recompute, micro_batch_size=size))
 
 
 def _fastest(question: Question, forecast: Forecaster, start: Option) -> Forecast:
     """The fastest policy and number of rows that fit; one of them does."""
     fitting: list[Forecast] = []
     for recompute in _policies(question):
-        options = [
-            replace(start, recompute=recompute, micro_batch_size=size) for size in _sizes(question)
+        found = [
+            forecast(replace(start, recompute=recompute, micro_batch_size=size))
+            for size in _sizes(question)
         ]
-        found = [f for f in map(forecast, options) if f.needed_bytes <= question.budget]
-        fitting += found
-        if len(found) == len(options):
-            break  # every size fits: further recomputation would only cost time
+        fitting += [f for f in found if f.needed_bytes <= question.budget]
+        least = min(f.step_seconds for f in found)
+        if any(f.step_seconds <= RECOMPUTE_COSTS * least for f in fitting):
+            break
     return min(fitting, key=lambda f: (f.step_seconds, f.needed_bytes))
 
 
@@ -189,8 +199,8 @@ def _why_settings(question: Question, chosen: Forecast, forecast: Forecaster) ->
     tokens = sum(question.rows.worst[option.micro_batch_size])
     if question.run.train.micro_batch_size == "auto":
         yield (
-            f"{option.micro_batch_size} rows in a forward pass, at most {tokens:,} tokens; "
-            f"{question.run.train.batch_size} rows make a step."
+            f"{option.micro_batch_size} of the {question.run.train.batch_size} rows of a step in a "
+            f"forward pass, at most {tokens:,} tokens."
         )
     if option.paged and question.run.optim.paged == "auto":
         yield "Optimizer state is paged to host memory: without it the run would not fit."
@@ -201,12 +211,13 @@ def _why_settings(question: Question, chosen: Forecast, forecast: Forecaster) ->
 def _why_recompute(question: Question, option: Option, forecast: Forecaster) -> Iterator[str]:
     policies = _policies(question)
     if option.recompute == policies[0]:
-        most = forecast(replace(option, recompute=policies[-1]))
+        most = _smallest(question, forecast, option)
         least = forecast(option)
         share = 100 * (1 - least.step_seconds / most.step_seconds)
         yield (
-            f"recompute none: activations take {_gb(_saved(least))} and spare {share:.0f} % of the "
-            "time of a step that full recomputation would take."
+            f"recompute none: activations take {_gb(_saved(least))}; recomputing them all would "
+            f"need {_gb(most.needed_bytes)} in all and make a step "
+            f"{100 * share / (100 - share):.0f} % slower."
         )
         return
     lighter = forecast(replace(option, recompute="none"))
@@ -229,50 +240,43 @@ def _does_not_fit(question: Question, closest: Forecast) -> str:
 
 
 def _changes(question: Question, closest: Forecast) -> Iterator[str]:
-    """Up to three changes that would make it fit, the smallest first."""
+    """Three changes that would make it fit, the smallest first."""
+    found: list[str] = []
+    # Where the base alone is too large, only another base or another device would help.
+    if closest.phases["load"].bytes <= question.budget or question.run.method != "auto":
+        found = _first_that_fit(question)
+    yield from found[:2]
+    what = "memory" if question.device.type == "cpu" else "a device"
+    wanted = closest.needed_bytes + (question.device.memory_bytes - question.budget)
+    yield f"{what} with at least {-(-wanted // 2**30)} GiB"
+    if len(found) < 2:
+        share = question.budget / closest.needed_bytes
+        yield f"a model of at most {max(0.0, share):.0%} as many weights"
+
+
+def _first_that_fit(question: Question) -> list[str]:
+    """Of each kind of change the smallest one that fits: method, shorter rows, a lower rank too."""
     run = question.run
-    count = 0
-    if run.method in ("lora", "full") and _would_fit(question, {"method": "qlora"}):
-        count += 1
-        yield "method=qlora"
-    for changed in ({}, {"lora.rank": max(1, run.lora.rank // 2)}):
-        length = _longest_that_fits(question, changed)
-        if length is not None and count < 2:
-            count += 1
-            told = [*(f"{key}={value}" for key, value in changed.items())]
-            yield ", ".join([*told, f"data.max_seq_len={length}"])
-    device = "memory" if question.device.type == "cpu" else "a device"
-    wanted = closest.needed_bytes + (CONTEXT_BYTES if question.device.type == "cuda" else 0)
-    yield f"{device} with at least {-(-wanted // 2**30)} GiB"
-    if count < 2:
-        yield f"a model of at most {_share_of_weights(question, closest):.0%} as many weights"
+    lengths = [run.data.max_seq_len >> halvings for halvings in range(1, 15)]
+    lengths = [length for length in lengths if length >= _SHORTEST]
+    kinds: list[list[dict[str, Any]]] = [[{"data.max_seq_len": length} for length in lengths]]
+    if run.method in ("lora", "full"):
+        kinds.insert(0, [{"method": "qlora"}])
+    if run.method != "full":
+        rank = max(1, run.lora.rank // 4)
+        kinds.append([{"lora.rank": rank, "data.max_seq_len": length} for length in lengths])
+    fitting = (next((c for c in kind if _would_fit(question, c)), None) for kind in kinds)
+    return [", ".join(f"{k}={v}" for k, v in changed.items()) for changed in fitting if changed]
 
 
 def _would_fit(question: Question, changed: dict[str, Any]) -> bool:
-    return _asked(question, changed).needed_bytes <= question.budget
-
-
-def _asked(question: Question, changed: dict[str, Any]) -> Forecast:
-    """The smallest forecast of the run with other values."""
+    """Whether the run with other values fits, in the way that needs the least."""
     run = question.run.with_values(changed, "planner")
     rows = full_rows(run) if "data.max_seq_len" in changed else question.rows
     asked = replace(question, run=run, rows=rows)
-    forecast = asked.forecaster()
-    return min((_best(asked, forecast, m) for m in _methods(run)), key=lambda f: f.needed_bytes)
-
-
-def _longest_that_fits(question: Question, changed: dict[str, Any]) -> int | None:
-    """The longest of the halves of data.max_seq_len that fits, at least 64 tokens."""
-    length = question.run.data.max_seq_len // 2
-    while length >= _SHORTEST:
-        if _would_fit(question, {**changed, "data.max_seq_len": length}):
-            return length
-        length //= 2
-    return None
-
-
-def _share_of_weights(question: Question, closest: Forecast) -> float:
-    return question.budget / closest.needed_bytes
+    optimizer, paged = list(_optimizers(asked))[-1]
+    option = Option(_methods(run)[-1], "", 0, optimizer, paged)
+    return _smallest(asked, asked.forecaster(), option).needed_bytes <= question.budget
 
 
 def _gb(num_bytes: float) -> str:

@@ -17,10 +17,12 @@ from nibble.plan.budget import margin_bytes, workspace_bytes
 from nibble.plan.devices import Device
 from nibble.plan.estimate import Rates, rates_of, work_seconds
 from nibble.plan.rows import Rows
-from nibble.plan.simulate import Shape, Simulation, simulate
+from nibble.plan.simulate import Shape, Simulation, highest, simulate
 from nibble.plan.tracker import Operation, Peak
 from nibble.plan.watch import SAVED, WORKING
 
+# Below so many layers other moments are the highest than with many; offload keeps two inputs here.
+FEWEST_LAYERS = {"none": 2, "selective": 2, "full": 2, "offload": 4}
 # Phases whose transient parts grow with the rows of a forward pass.
 _PASS = ("forward", "backward")
 
@@ -71,8 +73,8 @@ class Forecast:
 
     @property
     def peak(self) -> Peak:
-        """The highest of all phases."""
-        return max(self.phases.values(), key=lambda peak: peak.bytes)
+        """The highest phase of training."""
+        return highest(self.phases)
 
 
 Forecaster = Callable[[Option], Forecast]
@@ -80,25 +82,25 @@ Forecaster = Callable[[Option], Forecast]
 
 def forecaster(run: RunConfig, values: dict[str, Any], rows: Rows, device: Device) -> Forecaster:
     """A function that forecasts options of this run; simulations are shared between them."""
-    lengths = _short_lengths(values)
     total = _num_layers(values)
     rates = rates_of(device)
+    whole = exact_forecast(run, values, rows, device)
 
     @cache
     def simulated(option: Option, num_layers: int) -> Simulation:
         return _simulate(run, _with_layers(values, num_layers), rows, option, device)
 
     def forecast(option: Option) -> Forecast:
+        lengths = _short_lengths(values, FEWEST_LAYERS[option.recompute])
+        if lengths[1] >= total:
+            return whole(option)
         single = replace(option, micro_batch_size=min(rows.worst))
         first, second = (simulated(single, length) for length in lengths)
         long = _extended(first, second, (total - lengths[0]) / (lengths[1] - lengths[0]))
         scale = sum(rows.worst[option.micro_batch_size]) / sum(rows.worst[min(rows.worst)])
         return _forecast(run, rows, option, _scaled(long, scale), (device, rates))
 
-    def whole(option: Option) -> Forecast:
-        return exact_forecast(run, values, rows, device)(option)
-
-    return forecast if lengths[1] < total else whole
+    return forecast
 
 
 def exact_forecast(
@@ -162,7 +164,7 @@ def _step_seconds(
     return num_passes * one_pass + optimizer + (moved if option.paged else 0.0)
 
 
-def _short_lengths(values: dict[str, Any]) -> tuple[int, int]:
+def _short_lengths(values: dict[str, Any], fewest: int) -> tuple[int, int]:
     """Two numbers of layers that hold whole periods of the pattern of layers."""
     config = build_config(values)
     total = config.num_hidden_layers
@@ -170,8 +172,7 @@ def _short_lengths(values: dict[str, Any]) -> tuple[int, int]:
         return total, total
     kinds = list(getattr(config, "layer_types", None) or [""] * total)
     period = next(p for p in range(1, total + 1) if kinds == (kinds[:p] * total)[:total])
-    # With one layer alone, other moments are the highest than with many.
-    first = max(2, period)
+    first = -(-fewest // period) * period
     return first, first + period
 
 

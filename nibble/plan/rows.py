@@ -1,18 +1,14 @@
 """The rows that a plan is made for: the user's own, or full ones where there is no data yet."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from nibble.config import RunConfig
 from nibble.data.dataset import Dataset
 from nibble.data.loader import Loader, eval_batches
-from nibble.data.packing import Row
+from nibble.train.evaluate import EVAL_TOKENS
 
 Documents = tuple[int, ...]
-
-# Tokens of an evaluation batch, or one row where that is longer.
-EVAL_TOKENS = 4096
 
 
 @dataclass(frozen=True)
@@ -72,25 +68,9 @@ def rows_of(dataset: Dataset, run: RunConfig) -> Rows:
     )
 
 
-def worst_row_ids(loader: Loader, num_steps: int, size: int) -> list[int]:
-    """The rows of the forward pass of `size` rows with the most tokens in the whole run."""
-    worst: list[int] = []
-    for step in range(num_steps):
-        ids = loader.row_ids(step)
-        for at in range(0, len(ids), size):
-            part = ids[at : at + size]
-            if _num_tokens(loader.rows, part) > _num_tokens(loader.rows, worst):
-                worst = part
-    return worst
-
-
 def _worst(loader: Loader, num_steps: int, size: int) -> Documents:
-    ids = worst_row_ids(loader, num_steps, size)
+    ids = loader.largest_pass(num_steps, size)
     return tuple(length for i in ids for length in loader.rows[i].doc_lens)
-
-
-def _num_tokens(rows: Sequence[Row], ids: Sequence[int]) -> int:
-    return sum(len(rows[i]) for i in ids)
 
 
 def _sizes(run: RunConfig) -> list[int]:

@@ -8,6 +8,7 @@ seconds. The code is the code of training: what it allocates, the tracker sees.
 """
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -26,7 +27,7 @@ from nibble.model.linear4bit import fresh_scratch
 from nibble.model.names import tied_names
 from nibble.model.place import Placer
 from nibble.model.skeleton import build_config, build_skeleton
-from nibble.plan.tracker import MemoryTracker, Operation, Peak
+from nibble.plan.tracker import MOST_EXPERTS, MemoryTracker, Operation, Peak
 from nibble.plan.watch import WORKING, watch_build, watch_evaluation, watch_merge, watch_step
 from nibble.train.build import storage_of
 
@@ -71,8 +72,13 @@ class Simulation:
 
     @property
     def peak(self) -> Peak:
-        """The highest of all phases."""
-        return max(self.phases.values(), key=lambda peak: peak.bytes)
+        """The highest phase of training."""
+        return highest(self.phases)
+
+
+def highest(phases: dict[str, Peak]) -> Peak:
+    """The highest phase; merging is no part of a run."""
+    return max((p for name, p in phases.items() if name != "merge"), key=lambda peak: peak.bytes)
 
 
 def simulate(run: RunConfig, values: dict[str, Any], shape: Shape, *, device: str) -> Simulation:
@@ -100,6 +106,7 @@ def simulate(run: RunConfig, values: dict[str, Any], shape: Shape, *, device: st
     with planned, fresh_scratch() as buffers, fake, tracker:
         tracker.begin("load")
         _load(model, placer, weights)
+        tracker.host_peak = tracker.host_bytes
         optimizer = watch_build(model, run, tracker)
         *batches, held_out = [_batch(ends, shape.target_share) for ends in boundaries]
         tracker.name(boundaries, WORKING)
@@ -152,12 +159,13 @@ class _Answers:
     """Answers in place of operations whose result depends on values, which are not there.
 
     Losses and norms are 2; the share of tokens with a target is as given; tokens spread evenly over
-    experts. Attention on CUDA is charged with the scratch of its backward kernel.
+    up to 8 experts, so that the busiest of many has several times its share. Attention on CUDA is
+    charged with the scratch of its backward kernel.
     """
 
     def __init__(self, tracker: MemoryTracker, target_share: float) -> None:
         self._tracker, self._target_share = tracker, target_share
-        self._whole_number = 1
+        self._counts: Iterator[int] = iter(())
 
     def __call__(self, func: Any, args: Any, kwargs: Any) -> Any:
         if func is aten._local_scalar_dense.default:
@@ -166,9 +174,9 @@ class _Answers:
             found = max(1, round(self._target_share * args[0].numel()))
             return args[0].new_empty((found, args[0].ndim), dtype=torch.int64)
         if func is aten.bincount.default:
-            bins = args[2]
-            self._whole_number = args[0].numel() // bins
-            return args[0].new_empty(bins)
+            num_busy = min(args[2], MOST_EXPERTS)
+            self._counts = iter([args[0].numel() // num_busy] * num_busy + [0] * args[2])
+            return args[0].new_empty(args[2])
         if func is aten._grouped_mm.default:
             return args[0].new_empty(_grouped_shape(*args[:3]))
         if func is aten._scaled_dot_product_flash_attention_for_cpu_backward.default:
@@ -178,7 +186,7 @@ class _Answers:
     def _number(self, dtype: torch.dtype) -> float | int | bool:
         if dtype.is_floating_point:
             return 2.0
-        return True if dtype == torch.bool else self._whole_number
+        return True if dtype == torch.bool else next(self._counts, 1)
 
     def _charge_attention(self, query: Tensor, key: Tensor) -> None:
         """float32 sums of dQ and of dO * O; dK and dV per query head where heads share keys.

@@ -11,6 +11,9 @@ from nibble.data.loader import Batch
 from nibble.events import EvalEnd
 from nibble.train.loss import token_metrics
 
+# Tokens of a batch of held-out rows; one row where that is longer.
+EVAL_TOKENS = 4096
+
 
 def evaluate(
     model: nn.Module,

@@ -3,7 +3,7 @@
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from nibble.errors import DiskError, FolderInUseError
 from nibble.events import METRICS_COLUMNS, RunEnd, read_events
 
 RUN_FILE = "run.yaml"
+PLAN_FILE = "plan.json"
 EVENTS_FILE = "events.jsonl"
 METRICS_FILE = "metrics.csv"
 LOCK_FILE = ".lock"
@@ -60,6 +61,24 @@ def read_run(folder: Path) -> RunConfig | None:
     origins = {key: text[line - 1].rpartition("# ")[2] for key, line in lines.items()}
     run._origins.update({key: origin for key, origin in origins.items() if key in run.flat()})
     return run
+
+
+def record_plan(folder: Path, plan: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Write what was planned; without a plan, give the one that stands."""
+    if plan is None:
+        return read_plan(folder)
+    text = json.dumps({"version": 1, **plan}, indent=2, ensure_ascii=False)
+    (folder / PLAN_FILE).write_text(text + "\n", encoding="utf-8")
+    return dict(plan)
+
+
+def read_plan(folder: Path) -> dict[str, Any]:
+    """What was planned for the run; empty where nothing was, or it cannot be read."""
+    try:
+        plan = json.loads((folder / PLAN_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return plan if isinstance(plan, dict) else {}
 
 
 def is_finished(folder: Path) -> bool:

@@ -1,13 +1,7 @@
-"""Ends of a run that come from outside: a signal, or a full device."""
+"""The end of a run that comes from outside: a signal."""
 
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
-
-import torch
-
-from nibble.errors import OutOfMemoryError
 
 
 class StopSignal:
@@ -33,16 +27,3 @@ class StopSignal:
         if self.name:
             raise KeyboardInterrupt
         self.name = signal.Signals(number).name
-
-
-@contextmanager
-def out_of_memory_named() -> Iterator[None]:
-    """Within the block, torch's error becomes ours, with the ways out of it."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise OutOfMemoryError(
-            f"the device ran out of memory: {str(error).splitlines()[0]}",
-            fix="lower train.micro_batch_size or data.max_seq_len, set train.recompute=full, "
-            "or use method=qlora",
-        ) from None

@@ -7,15 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from nibble.config import RunConfig
 from nibble.data.dataset import Dataset, build_dataset
-from nibble.data.loader import Loader
+from nibble.data.loader import Batch, Loader
 from nibble.errors import UsageError
 from nibble.events import Emit, LoadEnd, WarningRaised
 from nibble.model.ledger import count_parameters, resident_bytes
 from nibble.model.load import load_base
 from nibble.train.build import autocast_of, base_options, equip
+from nibble.train.loss import token_loss
 from nibble.train.memory import PeakMemory
 from nibble.train.optimizer import AdamW
 
@@ -36,9 +38,13 @@ class Job:
     peak: PeakMemory
     steps: int
 
+    def token_loss(self, batch: Batch) -> tuple[Tensor, int]:
+        """The summed loss of a batch, wherever it is, and the number of its target tokens."""
+        return token_loss(self.model, batch.to(self.device), autocast=self.autocast)
 
-def build_job(run: RunConfig, out: Path, emit: Emit) -> Job:
-    """Load, adapt, read the data, make the optimizer; say what is resident."""
+
+def build_job(run: RunConfig, out: Path, emit: Emit, dataset: Dataset | None = None) -> Job:
+    """Load, adapt, read the data if need be, make the optimizer; say what is resident."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(run.train.seed)
     peak = PeakMemory(device)
@@ -48,7 +54,7 @@ def build_job(run: RunConfig, out: Path, emit: Emit) -> Job:
     )
     optimizer = equip(model, run)
     seconds = time.monotonic() - start
-    dataset = build_dataset(run.data, tokenizer, seed=run.train.seed)
+    dataset = dataset or build_dataset(run.data, tokenizer, seed=run.train.seed)
     for warning in dataset.warnings:
         emit(WarningRaised(warning))
     loader = Loader(
@@ -86,15 +92,22 @@ def build_job(run: RunConfig, out: Path, emit: Emit) -> Job:
 
 def check_run(run: RunConfig) -> None:
     """Refuse what is missing or not available before anything is loaded."""
-    autos = [key for key, value in run.flat().items() if value == "auto" and key != "data.format"]
-    if autos:
-        raise UsageError(f"{', '.join(autos)}: auto must be resolved first", fix="nibble.train")
-    for key in ("model.name", "data.train"):
-        if not run.flat()[key]:
-            flag = {"model.name": "--model", "data.train": "--data"}[key]
-            raise UsageError(f"{key} is not set", fix=f"give {flag} or set it in the recipe")
+    check_named(run)
+    if not run.data.train:
+        raise UsageError("data.train is not set", fix="give --data or set it in the recipe")
     if run.train.exactness == "exact":
         raise UsageError(
             "train.exactness=exact is not available in this version",
             fix="use train.exactness=default",
         )
+
+
+def check_named(run: RunConfig) -> None:
+    """Refuse a run without a model."""
+    if not run.model.name:
+        raise UsageError("model.name is not set", fix="give --model or set it in the recipe")
+
+
+def open_keys(run: RunConfig) -> list[str]:
+    """The keys that are `auto`: what a plan must choose before a run is trained."""
+    return [key for key, value in run.flat().items() if value == "auto" and key != "data.format"]

@@ -5,7 +5,7 @@ import json
 import math
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,9 @@ import torch
 
 from nibble.adapter.format import write_adapter
 from nibble.config import RunConfig
+from nibble.data.dataset import Dataset
 from nibble.data.loader import eval_batches
-from nibble.errors import RunInterrupted, StoppedError
+from nibble.errors import RunInterrupted, StoppedError, UsageError
 from nibble.events import (
     CheckpointSaved,
     Emit,
@@ -31,15 +32,12 @@ from nibble.events import (
 from nibble.train import checkpoint, folder
 from nibble.train.card import run_card
 from nibble.train.checkpoint import TrainState
-from nibble.train.evaluate import evaluate
-from nibble.train.interrupt import StopSignal, out_of_memory_named
-from nibble.train.job import Job, build_job, check_run
-from nibble.train.loss import token_loss
+from nibble.train.evaluate import EVAL_TOKENS, evaluate
+from nibble.train.interrupt import StopSignal
+from nibble.train.job import Job, build_job, check_run, open_keys
 from nibble.train.manifest import write_manifest
 from nibble.train.optimizer import learning_rate
-from nibble.train.step import train_step
-
-EVAL_TOKENS = 4096
+from nibble.train.pressure import out_of_memory_named, rehearse, step_within_memory
 
 
 @dataclass(frozen=True)
@@ -64,19 +62,26 @@ class Result:
 
 
 def train(
-    run: RunConfig, emit: Emit = lambda event: None, *, reasons: Sequence[str] = ()
+    run: RunConfig,
+    emit: Emit = lambda event: None,
+    *,
+    plan: Mapping[str, Any] | None = None,
+    dataset: Dataset | None = None,
 ) -> Result:
     """Train as `run` says, or continue what stands in its folder.
 
     Args:
         run: Concrete values; `nibble.train` resolves `auto` first.
         emit: Receives every event, in order.
-        reasons: Why the planner chose what it chose, for the log.
+        plan: What was planned, as `Plan.to_dict` gives it; recorded in the run folder.
+        dataset: The rows where they were read already.
 
     Raises:
         NibbleError: One of its kinds, each with an exit code; see `nibble.errors`.
     """
     check_run(run)
+    if open_keys(run):
+        raise UsageError(f"{', '.join(open_keys(run))}: auto must be planned first")
     with folder.run_folder(run) as out:
         if folder.is_finished(out):
             return _result_of(out)
@@ -87,9 +92,10 @@ def train(
                 receive(event)
 
         try:
-            with out_of_memory_named(), StopSignal() as stop:
-                emit_all(PlanMade(_planned(run), list(reasons)))
-                job = build_job(run, out, emit_all)
+            predicted = folder.record_plan(out, plan)
+            with out_of_memory_named(predicted), StopSignal() as stop:
+                emit_all(PlanMade(_planned(run), list(predicted.get("reasons", ()))))
+                job = build_job(run, out, emit_all, dataset)
                 state = _restore(job, emit_all)
                 _fit(job, state, stop, emit_all)
                 _finish(job, state, emit_all)
@@ -125,6 +131,7 @@ def _restore(job: Job, emit: Emit) -> TrainState:
 def _fit(job: Job, state: TrainState, stop: StopSignal, emit: Emit) -> None:
     run = job.run
     job.model.train()
+    rehearse(job.token_loss, job.loader, job.steps, job.optimizer, emit=emit)
     saved_at = time.monotonic()
     while state.step < job.steps:
         lr = learning_rate(
@@ -135,13 +142,14 @@ def _fit(job: Job, state: TrainState, stop: StopSignal, emit: Emit) -> None:
             schedule=run.optim.schedule,
         )
         start = time.monotonic()
-        batches = [batch.to(job.device) for batch in job.loader.micro_batches(state.step)]
-        result = train_step(
-            lambda batch: token_loss(job.model, batch, autocast=job.autocast),
-            batches,
+        result = step_within_memory(
+            job.token_loss,
+            job.loader,
+            state.step,
             job.optimizer,
             lr=lr,
             max_grad_norm=run.optim.max_grad_norm,
+            emit=emit,
         )
         seconds = time.monotonic() - start
         state.step += 1
@@ -179,6 +187,7 @@ def _finish(job: Job, state: TrainState, emit: Emit) -> None:
             seconds=state.seconds,
             tokens=state.tokens,
             peak_memory_bytes=job.peak.bytes(),
+            predicted_peak_memory_bytes=folder.read_plan(job.out).get("peak_memory_bytes"),
             adapter=str(adapter),
             adapter_bytes=sum(p.stat().st_size for p in adapter.glob("*.safetensors")),
         )

@@ -1,0 +1,262 @@
+"""A plan: what a run would need on a device, what was chosen, and why.
+
+config, model, data, device -> rows -> advice -> Plan
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from nibble.config import RunConfig
+from nibble.data.dataset import Dataset, build_dataset
+from nibble.errors import DoesNotFitError, ModelError, UnavailableError, did_you_mean
+from nibble.model.files import find_config
+from nibble.model.load import load_tokenizer
+from nibble.plan.advise import Choice, Question, advise
+from nibble.plan.devices import Device, find_device
+from nibble.plan.estimate import cost, rates_of
+from nibble.plan.forecast import Forecast
+from nibble.plan.presets import preset_config, preset_names, preset_short_names
+from nibble.plan.rows import Rows, full_rows, rows_of
+from nibble.plan.watch import ADAPTERS, GRADIENTS, MOMENTS
+from nibble.train.checkpoint import NUM_KEPT
+from nibble.train.memory import available_bytes
+
+
+@dataclass(frozen=True)
+class RunnerUp:
+    """The best way of the other method: what it would cost, or save."""
+
+    method: str
+    settings: dict[str, Any]
+    fits: bool
+    peak_memory_bytes: int
+    step_seconds: float | None
+    difference: str
+
+
+@dataclass(frozen=True)
+class DataSummary:
+    """What the user's examples are like: lengths in tokens.
+
+    `num_by_length` counts documents by the power of two their length is below; `share_cut` is the
+    share of documents longer than a cut-off, by cut-off.
+    """
+
+    num_rows: int
+    num_documents: int
+    num_tokens: int
+    packing_efficiency: float
+    longest_pass_tokens: int
+    num_by_length: dict[int, int]
+    share_cut: dict[int, float]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run would need, and the settings that were chosen.
+
+    Args:
+        peak_memory_bytes: The highest phase, with the workspace of libraries.
+        budget_bytes: What one device has for the run.
+        phases: Peak bytes of each phase.
+        parts: What the bytes at the peak are for.
+        host_memory_bytes: Pages and checkpoints that wait in host memory.
+        step_seconds: Of an optimizer step; None where the device's rates are unknown.
+        total_seconds: Of all steps; None where their number or the rates are unknown.
+        cost: Of the run at the price given; None without one.
+        disk_bytes: Checkpoints and adapter.
+        changes: Where nothing fits: what would, smallest change first.
+    """
+
+    model: str
+    device: str
+    method: str
+    fits: bool
+    peak_memory_bytes: int
+    budget_bytes: int
+    phases: dict[str, int]
+    parts: dict[str, int]
+    host_memory_bytes: int
+    settings: dict[str, Any]
+    step_seconds: float | None
+    total_seconds: float | None
+    cost: float | None
+    disk_bytes: int
+    num_trainable: int
+    num_total: int
+    reasons: list[str]
+    runner_up: RunnerUp | None = None
+    changes: list[str] = field(default_factory=list)
+    data: DataSummary | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as plain values."""
+        return asdict(self)
+
+    def error(self) -> DoesNotFitError:
+        """What a run that does not fit is refused with."""
+        return DoesNotFitError(
+            " ".join(self.reasons), fix="; or ".join(self.changes) + "; or try it --anyway"
+        )
+
+
+@dataclass(frozen=True)
+class Charge:
+    """What a device costs: per hour, in units of `billing`."""
+
+    price_per_hour: float | None = None
+    billing: str = "1s"
+
+
+def make_plan(
+    run: RunConfig, device: Device | str = "here", *, charge: Charge | None = None
+) -> tuple[Plan, Dataset | None]:
+    """Plan a run, and give the data set that was read for it.
+
+    Args:
+        run: The run; what is `auto` in it is chosen.
+        device: A device, its name, an amount of memory such as "24GiB", "cpu" or "here".
+        charge: Prices; None takes the example price of the device.
+
+    Raises:
+        ModelError: If the model is unknown.
+        UsageError: If the device is unknown.
+        DataError: If the data cannot be used.
+    """
+    device = _available(find_device(device) if isinstance(device, str) else device)
+    values = model_values(run)
+    dataset = _read_data(run)
+    rows = rows_of(dataset, run) if dataset else full_rows(run)
+    choice = advise(Question(run, values, rows, device))
+    plan = _plan(run, choice, rows, device, charge or Charge(device.price_per_hour))
+    if dataset is not None:
+        plan = replace(plan, data=_summary(dataset, rows, choice, run))
+    elif run.data.train:
+        unread = "The data was not read: that needs the folder of the model with its tokenizer."
+        plan = replace(plan, reasons=[*plan.reasons, unread])
+    return plan, dataset
+
+
+def model_values(run: RunConfig) -> dict[str, Any]:
+    """config.json of the model: of its folder, of a preset, or of the hub.
+
+    Raises:
+        ModelError: If there is no such model.
+    """
+    name = run.model.name
+    if not Path(name).expanduser().is_dir():
+        known = preset_config(name)
+        if known is not None:
+            return known
+    try:
+        return find_config(name, run.model.revision)
+    except (ModelError, UnavailableError) as error:
+        close = did_you_mean(name, [*preset_names(), *preset_short_names()])
+        raise type(error)(error.what, fix=close or error.fix) from None
+
+
+def _available(device: Device) -> Device:
+    """The device with what is free of its memory, where it is the CPU of this machine."""
+    if device.type != "cpu":
+        return device
+    import torch
+
+    return replace(device, memory_bytes=available_bytes(torch.device("cpu")))
+
+
+def _read_data(run: RunConfig) -> Dataset | None:
+    folder = Path(run.model.name).expanduser()
+    if not run.data.train or not folder.is_dir():
+        return None
+    return build_dataset(run.data, load_tokenizer(folder), seed=run.train.seed)
+
+
+def _plan(run: RunConfig, choice: Choice, rows: Rows, device: Device, charge: Charge) -> Plan:
+    forecast = choice.forecast
+    is_timed = rates_of(device).is_known
+    step_seconds = forecast.step_seconds if is_timed else None
+    total = step_seconds * rows.num_steps if step_seconds and rows.num_steps else None
+    price = charge.price_per_hour
+    question_budget = Question(run, {}, rows, device).budget
+    return Plan(
+        model=run.model.name,
+        device=device.name,
+        method=forecast.option.method,
+        fits=choice.fits,
+        peak_memory_bytes=forecast.peak_bytes,
+        budget_bytes=question_budget,
+        phases={name: peak.bytes for name, peak in forecast.phases.items()},
+        parts={part: size for part, size in forecast.peak.parts.items() if size},
+        host_memory_bytes=forecast.host_bytes,
+        settings=forecast.option.settings(),
+        step_seconds=step_seconds,
+        total_seconds=total,
+        cost=cost(total, price, charge.billing) if total and price is not None else None,
+        disk_bytes=_disk_bytes(forecast),
+        num_trainable=forecast.num_trainable,
+        num_total=forecast.num_total,
+        reasons=list(choice.reasons),
+        runner_up=_runner_up(choice, question_budget, is_timed) if choice.runner_up else None,
+        changes=list(choice.changes),
+    )
+
+
+def _runner_up(choice: Choice, budget: int, is_timed: bool) -> RunnerUp:
+    chosen, other = choice.forecast, choice.runner_up
+    assert other is not None
+    bytes_more = other.peak_bytes - chosen.peak_bytes
+    slower = other.step_seconds / chosen.step_seconds - 1
+    memory = f"{abs(bytes_more) / 1e9:.1f} GB {'more' if bytes_more > 0 else 'less'} memory"
+    pace = f"{abs(slower):.0%} {'slower' if slower > 0 else 'faster'}"
+    fits = other.needed_bytes <= budget
+    return RunnerUp(
+        method=other.option.method,
+        settings=other.option.settings(),
+        fits=fits,
+        peak_memory_bytes=other.peak_bytes,
+        step_seconds=other.step_seconds if is_timed else None,
+        difference=f"{memory}, {pace}" + ("" if fits else "; it does not fit"),
+    )
+
+
+def _disk_bytes(forecast: Forecast) -> int:
+    """The checkpoints that are kept, and the adapter: trained values in float32 or less."""
+    parts = forecast.phases["optimizer"].parts
+    state = parts.get(MOMENTS, 0) + forecast.host_bytes
+    trained = parts.get(ADAPTERS, 0) or parts.get(GRADIENTS, 0)
+    return NUM_KEPT * (state + trained) + trained
+
+
+def _summary(dataset: Dataset, rows: Rows, choice: Choice, run: RunConfig) -> DataSummary:
+    lengths = [length for row in dataset.train for length in row.doc_lens]
+    by_length: dict[int, int] = {}
+    for length in sorted(lengths):
+        edge = 2 ** length.bit_length()
+        by_length[edge] = by_length.get(edge, 0) + 1
+    cut_offs = [edge for edge in (256, 512, 1024, 2048, 4096, 8192) if edge < run.data.max_seq_len]
+    report = dataset.report.train
+    share_cut = {edge: sum(n > edge for n in lengths) / len(lengths) for edge in cut_offs}
+    share_cut[run.data.max_seq_len] = report.num_truncated / max(1, report.num_read)
+    size = choice.forecast.option.micro_batch_size
+    return DataSummary(
+        num_rows=report.num_rows,
+        num_documents=report.num_documents,
+        num_tokens=report.num_tokens,
+        packing_efficiency=report.packing_efficiency,
+        longest_pass_tokens=sum(rows.worst[size]),
+        num_by_length=by_length,
+        share_cut=share_cut,
+    )
+
+
+def concrete(run: RunConfig, settings: Mapping[str, Any]) -> RunConfig:
+    """The run with the plan's settings where it left them open."""
+    flat = run.flat()
+    chosen = {
+        key: value
+        for key, value in settings.items()
+        if flat[key] == "auto" or (flat[key] != value and run.origin(key) == "default")
+    }
+    return run.with_values(chosen, "planner")
