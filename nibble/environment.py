@@ -4,7 +4,7 @@ import os
 
 # oneDNN keeps the compiled code of every matrix shape it meets, up to 1,024 of them in each of two
 # caches: batches of ever new lengths would grow a process by some 20 MiB a step.
-SHAPES_KEPT = "128"
+SHAPES_KEPT = "64"
 
 _CACHES = {
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": SHAPES_KEPT,

@@ -49,12 +49,16 @@ class Choice:
 
 @dataclass(frozen=True)
 class Question:
-    """A run, the model's config.json, the rows and the device that is asked about."""
+    """A run, the model's config.json, the rows and the device that is asked about.
+
+    `correction` is what past runs on the device took over what was planned for them.
+    """
 
     run: RunConfig
     values: dict[str, Any]
     rows: Rows
     device: Device
+    correction: float = 1.0
 
     @property
     def budget(self) -> int:
@@ -62,8 +66,9 @@ class Question:
         return budget_bytes(self.device)
 
     def forecaster(self) -> Forecaster:
-        """Forecasts of options of this run."""
-        return forecaster(self.run, self.values, self.rows, self.device)
+        """Forecasts of options of this run, corrected by past runs."""
+        forecast = forecaster(self.run, self.values, self.rows, self.device)
+        return lambda option: forecast(option).corrected(self.correction)
 
 
 def advise(question: Question) -> Choice:
@@ -113,10 +118,13 @@ def _best(question: Question, forecast: Forecaster, method: str) -> Forecast:
 
 
 def _smallest(question: Question, forecast: Forecaster, start: Option) -> Forecast:
-    """One row in a pass, and the policy that keeps the least."""
+    """One row in a pass, and a policy that keeps little: full if that fits, else offload."""
     size, policies = _sizes(question)[0], _policies(question)
-    recompute = "offload" if "offload" in policies else policies[-1]
-    return forecast(replace(start, recompute=recompute, micro_batch_size=size))
+    full = forecast(replace(start, recompute=policies[-1], micro_batch_size=size))
+    is_hopeless = full.phases["load"].bytes > question.budget
+    if full.needed_bytes <= question.budget or "offload" not in policies or is_hopeless:
+        return full
+    return forecast(replace(full.option, recompute="offload"))
 
 
 def _fastest(question: Question, forecast: Forecaster, start: Option) -> Forecast:

@@ -76,6 +76,13 @@ class Forecast:
         """The highest phase of training."""
         return highest(self.phases)
 
+    def corrected(self, factor: float) -> "Forecast":
+        """The same with `factor` times the peak."""
+        peak_bytes, needed_bytes = (
+            round(factor * size) for size in (self.peak_bytes, self.needed_bytes)
+        )
+        return replace(self, peak_bytes=peak_bytes, needed_bytes=needed_bytes)
+
 
 Forecaster = Callable[[Option], Forecast]
 

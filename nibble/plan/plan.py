@@ -21,6 +21,7 @@ from nibble.plan.presets import preset_config, preset_names, preset_short_names
 from nibble.plan.rows import Rows, full_rows, rows_of
 from nibble.plan.watch import ADAPTERS, GRADIENTS, MOMENTS
 from nibble.train.checkpoint import NUM_KEPT
+from nibble.train.history import read_history, summary
 from nibble.train.memory import available_bytes
 
 
@@ -58,7 +59,9 @@ class Plan:
     """What a run would need, and the settings that were chosen.
 
     Args:
-        peak_memory_bytes: The highest phase, with the workspace of libraries.
+        peak_memory_bytes: The highest phase, with the workspace of libraries, corrected by what
+            past runs on the device took.
+        uncorrected_peak_memory_bytes: The same without that correction.
         budget_bytes: What one device has for the run.
         phases: Peak bytes of each phase.
         parts: What the bytes at the peak are for.
@@ -75,6 +78,7 @@ class Plan:
     method: str
     fits: bool
     peak_memory_bytes: int
+    uncorrected_peak_memory_bytes: int
     budget_bytes: int
     phases: dict[str, int]
     parts: dict[str, int]
@@ -129,8 +133,15 @@ def make_plan(
     values = model_values(run)
     dataset = _read_data(run)
     rows = rows_of(dataset, run) if dataset else full_rows(run)
-    choice = advise(Question(run, values, rows, device))
-    plan = _plan(run, choice, rows, device, charge or Charge(device.price_per_hour))
+    correction = summary(read_history()).get(device.name, 1.0)
+    question = Question(run, values, rows, device, correction)
+    choice = advise(question)
+    plan = _plan(question, choice, charge or Charge(device.price_per_hour))
+    if correction != 1.0:
+        learned = (
+            f"Learned correction: past runs here took {correction:.2f} times what was planned."
+        )
+        plan = replace(plan, reasons=[*plan.reasons, learned])
     if dataset is not None:
         plan = replace(plan, data=_summary(dataset, rows, choice, run))
     elif run.data.train:
@@ -173,20 +184,20 @@ def _read_data(run: RunConfig) -> Dataset | None:
     return build_dataset(run.data, load_tokenizer(folder), seed=run.train.seed)
 
 
-def _plan(run: RunConfig, choice: Choice, rows: Rows, device: Device, charge: Charge) -> Plan:
-    forecast = choice.forecast
+def _plan(question: Question, choice: Choice, charge: Charge) -> Plan:
+    device, rows, forecast = question.device, question.rows, choice.forecast
     is_timed = rates_of(device).is_known
     step_seconds = forecast.step_seconds if is_timed else None
     total = step_seconds * rows.num_steps if step_seconds and rows.num_steps else None
     price = charge.price_per_hour
-    question_budget = Question(run, {}, rows, device).budget
     return Plan(
-        model=run.model.name,
+        model=question.run.model.name,
         device=device.name,
         method=forecast.option.method,
         fits=choice.fits,
         peak_memory_bytes=forecast.peak_bytes,
-        budget_bytes=question_budget,
+        uncorrected_peak_memory_bytes=round(forecast.peak_bytes / question.correction),
+        budget_bytes=question.budget,
         phases={name: peak.bytes for name, peak in forecast.phases.items()},
         parts={part: size for part, size in forecast.peak.parts.items() if size},
         host_memory_bytes=forecast.host_bytes,
@@ -198,7 +209,7 @@ def _plan(run: RunConfig, choice: Choice, rows: Rows, device: Device, charge: Ch
         num_trainable=forecast.num_trainable,
         num_total=forecast.num_total,
         reasons=list(choice.reasons),
-        runner_up=_runner_up(choice, question_budget, is_timed) if choice.runner_up else None,
+        runner_up=_runner_up(choice, question.budget, is_timed) if choice.runner_up else None,
         changes=list(choice.changes),
     )
 

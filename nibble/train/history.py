@@ -25,7 +25,9 @@ def history_file() -> Path:
 
 
 def record(device: str, method: str, model: str, *, predicted: int, measured: int) -> None:
-    """Remember a finished run; a cache that cannot be written is passed over."""
+    """Remember a finished run that was large enough; a cache that takes nothing is passed over."""
+    if predicted < SMALLEST_BYTES:
+        return
     values = {
         "device": device,
         "method": method,
@@ -52,12 +54,11 @@ def read_history() -> list[dict[str, Any]]:
 
 
 def summary(records: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Per device the median of measured over predicted, where there are enough large runs."""
+    """Per device the median of measured over predicted, where there are enough runs."""
     ratios: dict[str, list[float]] = {}
     for entry in records:
-        if entry["predicted_bytes"] >= SMALLEST_BYTES:
-            ratio = entry["measured_bytes"] / entry["predicted_bytes"]
-            ratios.setdefault(entry["device"], []).append(ratio)
+        ratio = entry["measured_bytes"] / entry["predicted_bytes"]
+        ratios.setdefault(entry["device"], []).append(ratio)
     return {
         device: median(found[-MOST_RUNS:])
         for device, found in ratios.items()

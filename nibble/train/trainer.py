@@ -29,7 +29,7 @@ from nibble.events import (
     StepEnd,
     read_events,
 )
-from nibble.train import checkpoint, folder
+from nibble.train import checkpoint, folder, history
 from nibble.train.card import run_card
 from nibble.train.checkpoint import TrainState
 from nibble.train.evaluate import EVAL_TOKENS, evaluate
@@ -181,13 +181,22 @@ def _fit(job: Job, state: TrainState, stop: StopSignal, emit: Emit) -> None:
 def _finish(job: Job, state: TrainState, emit: Emit) -> None:
     last = _evaluate(job, state.step, emit)
     adapter = _write_result(job, state, last)
+    peak, plan = job.peak.bytes(), folder.read_plan(job.out)
+    if plan:
+        history.record(
+            plan["device"],
+            job.run.method,
+            job.run.model.name,
+            predicted=plan["uncorrected_peak_memory_bytes"],
+            measured=peak,
+        )
     emit(
         RunEnd(
             reason=folder.FINISHED,
             seconds=state.seconds,
             tokens=state.tokens,
-            peak_memory_bytes=job.peak.bytes(),
-            predicted_peak_memory_bytes=folder.read_plan(job.out).get("peak_memory_bytes"),
+            peak_memory_bytes=peak,
+            predicted_peak_memory_bytes=plan.get("peak_memory_bytes"),
             adapter=str(adapter),
             adapter_bytes=sum(p.stat().st_size for p in adapter.glob("*.safetensors")),
         )
