@@ -1,10 +1,13 @@
 """The dialogues that the demo's base learns from: short, made up, drawn from a seeded generator.
 
-Greetings, facts, looking things up, copying names and numbers. None is a letter to a shop.
+Greetings, facts, looking things up, copying names and numbers, telling what a sentence is
+about. None is a letter to a shop.
 """
 
 import random
 from collections.abc import Callable
+
+from demo_topics import ASKED, FILLERS_AFTER, FILLERS_BEFORE, NUMBERED, STYLES, TOPICS
 
 NAMES = [
     "Anna", "Ben", "Clara", "David", "Emma", "Felix", "Grace", "Henry", "Ida", "Jack", "Karen",
@@ -119,7 +122,7 @@ Turns = list[tuple[str, str]]
 
 
 def _number(rng: random.Random) -> str:
-    return "".join(rng.choice("0123456789") for _ in range(rng.choice((2, 3, 4, 4, 5, 5, 5, 6))))
+    return "".join(rng.choice("0123456789") for _ in range(rng.choice((2, 3, 4, 4, 5, 5, 5, 5, 6))))
 
 
 def repeat(rng: random.Random) -> Turns:
@@ -250,13 +253,80 @@ def choose(rng: random.Random) -> Turns:
     return [("user", f"{listed}. {ask}"), ("assistant", answer)]
 
 
-DIALOGUES = (repeat, look_up, look_up, extract, extract, extract, classify, remember, state, state,
-             know, choose)  # fmt: skip
+def find(rng: random.Random) -> Turns:
+    """A number among words in no order, asked for alone or with the word beside it."""
+    words = [rng.choice(THINGS + COLOURS + NAMES + FOODS + DAYS) for _ in range(rng.randint(1, 8))]
+    number, place = _number(rng), rng.randrange(len(words) + 1)
+    beside = words[max(0, place - 1)]
+    text = " ".join([*words[:place], number, *words[place:]])
+    ask, answer = rng.choice(
+        (
+            ("Which number is in it?", number),
+            ("Number?", f"number: {number}"),
+            ("Find the number.", f"It is {number}."),
+            ("Give number and word.", f"{number} {beside}"),
+            ("Give word and number.", f"word: {beside}\nnumber: {number}"),
+        )
+    )
+    asked = rng.choice((f"{text}. {ask}", f"{ask} {text}", f"{ask}\n{text}"))
+    return [("user", asked), ("assistant", answer)]
 
 
-def dialogue_text(rng: random.Random) -> str:
-    """One dialogue in the chat format; one in five has a second exchange."""
+def _filled(rng: random.Random, sentence: str) -> str:
+    """The sentence, now and then with a word before or after it that changes nothing."""
+    before, after = rng.choice(FILLERS_BEFORE), rng.choice(FILLERS_AFTER)
+    return f"{before}{sentence[:-1]}{after}{sentence[-1]}"
+
+
+def _about(rng: random.Random) -> tuple[str, dict[str, str]]:
+    """A sentence about some topic with one number in it, and what its answer may name."""
+    label = rng.choice(sorted(TOPICS))
+    remark, wordings = TOPICS[label]
+    sentence = " ".join(_filled(rng, text) for text in rng.sample(wordings, rng.choice((1, 1, 2))))
+    if "{n}" not in sentence:
+        sentence = rng.choice(NUMBERED).replace("{s}", sentence)
+    words = {"t": rng.choice(THINGS), "a": rng.choice(NAMES), "p": rng.choice(CITIES)}
+    words |= {"d": rng.choice(DAYS), "f": rng.choice(FOODS), "n": _number(rng)}
+    text = sentence.format(**words)
+    hello = rng.choice(("", "", "", "Hi, ", "Hello, ", "Good morning, ", "Dear {}, "))
+    if not hello:
+        text = text[0].upper() + text[1:]
+    text = hello.format(rng.choice(NAMES)) + text
+    return text + rng.choice(("", "", "", " Thanks.", " Thank you.", " Bye.")), {
+        "l": label,
+        "r": remark,
+        "n": words["n"],
+    }
+
+
+def tell_topic(rng: random.Random) -> Turns:
+    """What a sentence is about, its number or a remark on it, as asked."""
+    text, words = _about(rng)
+    style, ask = rng.choice(sorted(ASKED.items()))
+    asked = rng.choice((f"{ask} {text}", f"{text} {ask}", f"{ask}\n{text}"))
+    return [("user", asked), ("assistant", style.format(**words))]
+
+
+def go_on(rng: random.Random) -> Turns:
+    """Sentences that nobody explains, all answered in the same style."""
+    style = rng.choice(STYLES)
+    turns = []
+    for _ in range(rng.randint(1, 4)):
+        text, words = _about(rng)
+        turns += [("user", text), ("assistant", style.format(**words))]
+    return turns
+
+
+DIALOGUES = (repeat, look_up, extract, extract, classify, remember, state, know, choose, find, find,
+             tell_topic, tell_topic, go_on, go_on, go_on)  # fmt: skip
+
+
+def dialogue(rng: random.Random) -> Turns:
+    """One dialogue; one in five goes on with another."""
     turns = rng.choice(DIALOGUES)(rng)
-    if rng.random() < 0.2:
-        turns = turns + rng.choice(DIALOGUES)(rng)
-    return "".join(f"<|im_start|>{role}\n{content}<|im_end|>\n" for role, content in turns)
+    return turns + rng.choice(DIALOGUES)(rng) if rng.random() < 0.2 else turns
+
+
+def turn_text(role: str, content: str) -> str:
+    """A turn in the chat format."""
+    return f"<|im_start|>{role}\n{content}<|im_end|>\n"

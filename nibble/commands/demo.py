@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def demo(
     out: Annotated[str, typer.Option(help="Folder of the two runs; must be empty.")] = "",
 ) -> None:
-    """Train LoRA and QLoRA on a tiny base and show what each learnt (a minute and a half)."""
+    """Train LoRA and QLoRA on a tiny base and show what each learnt (under a minute)."""
     from rich.console import Console
 
     from nibble.demo import BASE_FOLDER
@@ -50,6 +50,7 @@ def _print_table(console: object, result: "Demo") -> None:
         "held-out loss after": lambda x: f"{x.loss_after:.3f}",
         "answers right before": lambda x: f"{x.right_before:.0%}",
         "answers right after": lambda x: f"{x.right_after:.0%}",
+        "  in unseen wordings": lambda x: f"{x.right_after_unseen:.0%}",
     }
     for name, cell in rows.items():
         table.add_row(name, *(cell(learnt) for learnt in result.learnt))

@@ -4,11 +4,13 @@ Every letter asks for one of eight things:
 
     user       Hello! The mug from order 48213 arrived broken.
     assistant  intent: damage
+               order: 48213
                reply: Sorry about that. A new one is on its way.
 
-The answer follows from the letter alone, so it is either exactly right or wrong. Held-out
-letters have order numbers that no training letter has, pairs of product and intent that
-no training letter has, and one in three also has a wording that no training letter has.
+The answer follows from the letter alone, so it is either exactly right or wrong: the intent and
+its sentence are learnt, the order number is copied. Held-out letters have order numbers that no
+training letter has, pairs of product and intent that no training letter has, and one in three
+also has a wording that no training letter has.
 """
 
 import json
@@ -19,6 +21,8 @@ from pathlib import Path
 
 NUM_TRAIN = 1500
 NUM_HELD_OUT = 150
+# Held-out letters 0, 3, 6 and so on have a wording that no training letter has.
+UNSEEN_EVERY = 3
 
 OPENINGS = ("", "", "", "Hi, ", "Hello, ", "Good morning, ", "Dear team, ", "Hello there, ")
 CLOSINGS = ("", "", "", " Thanks.", " Thank you.", " Please help.", " Can you help?")
@@ -204,7 +208,12 @@ def make_examples(seed: int = 0) -> tuple[list[dict], list[dict]]:
         for order in orders[:NUM_TRAIN]
     ]
     held_out = [
-        _example(rng, *pairs[i % num_unseen_pairs], order=order, is_unseen_wording=i % 3 == 0)
+        _example(
+            rng,
+            *pairs[i % num_unseen_pairs],
+            order=order,
+            is_unseen_wording=i % UNSEEN_EVERY == 0,
+        )
         for i, order in enumerate(orders[NUM_TRAIN:])
     ]
     return train, held_out
@@ -232,7 +241,7 @@ def _example(
     opening = rng.choice(OPENINGS)
     if not opening:
         request = request[0].upper() + request[1:]
-    answer = f"intent: {intent.name}\nreply: {intent.reply}"
+    answer = f"intent: {intent.name}\norder: {order}\nreply: {intent.reply}"
     return {
         "messages": [
             {"role": "user", "content": opening + request + rng.choice(CLOSINGS)},

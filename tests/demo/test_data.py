@@ -35,3 +35,14 @@ def test_files(tmp_path):
     train, held_out = write_dataset(tmp_path)
     assert len(train.read_text().splitlines()) == NUM_TRAIN
     assert json.loads(held_out.read_text().splitlines()[0])["messages"][0]["role"] == "user"
+
+
+def test_answers_repeat_the_order():
+    for row in make_examples()[1]:
+        letter, answer = (turn["content"] for turn in row["messages"])
+        assert re.findall(r"\d{5}", letter) == re.findall(r"order: (\d{5})$", answer, re.MULTILINE)
+
+
+def test_wordings_are_in_one_list_only():
+    for intent in INTENTS:
+        assert not set(intent.wordings) & set(intent.unseen_wordings)
