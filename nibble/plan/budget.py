@@ -20,8 +20,8 @@ EARLIER_WORKSPACE_BYTES = 10 * MIB
 # Holes between tensors that come and go, as a share of those. Source: an assumption for
 # expandable segments, not measured yet.
 FRAGMENTATION_SHARE = 0.05
-# oneDNN: scratch of products and the code of 2 x 128 shapes. Source: benchmarks/plan_process.py.
-CPU_SCRATCH_BYTES = 96 * MIB
+# oneDNN: scratch of products and the code of 2 x 64 shapes. Source: benchmarks/plan_process.py.
+CPU_SCRATCH_BYTES = 64 * MIB
 
 _TRANSIENT = (SAVED, WORKING, HEAD)
 
@@ -40,7 +40,7 @@ def workspace_bytes(device: Device) -> int:
     return EARLIER_WORKSPACE_BYTES if is_early else HOPPER_WORKSPACE_BYTES
 
 
-def margin_bytes(device: Device, peak: Peak) -> int:
-    """Bytes to leave free for holes between tensors."""
+def margin_bytes(peak: Peak) -> int:
+    """Bytes to leave free for holes between tensors; a CPU run whose memory is short has none."""
     transient = sum(peak.parts.get(part, 0) for part in _TRANSIENT)
-    return int(FRAGMENTATION_SHARE * transient) if device.type == "cuda" else 0
+    return int(FRAGMENTATION_SHARE * transient)

@@ -147,7 +147,7 @@ def _forecast(
         option=option,
         phases=simulation.phases,
         peak_bytes=peak_bytes,
-        needed_bytes=peak_bytes + margin_bytes(device, peak),
+        needed_bytes=peak_bytes + margin_bytes(peak),
         host_bytes=simulation.host_bytes,
         step_seconds=_step_seconds(run, rows, option, simulation, rates),
         num_trainable=simulation.num_trainable,

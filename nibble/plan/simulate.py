@@ -28,7 +28,7 @@ from nibble.model.names import tied_names
 from nibble.model.place import Placer
 from nibble.model.skeleton import build_config, build_skeleton
 from nibble.plan.tracker import MOST_EXPERTS, MemoryTracker, Operation, Peak
-from nibble.plan.watch import WORKING, watch_build, watch_evaluation, watch_merge, watch_step
+from nibble.plan.watch import WORKING, watch_build, watch_evaluation, watch_result, watch_step
 from nibble.train.build import storage_of
 
 # Allocator granularity of CUDA. Source: torch c10/cuda/CUDACachingAllocator, kMinBlockSize.
@@ -113,7 +113,7 @@ def simulate(run: RunConfig, values: dict[str, Any], shape: Shape, *, device: st
         watch_step(model, optimizer, run, batches, tracker, buffers)
         if shape.eval_documents:
             watch_evaluation(model, run, held_out, tracker, buffers)
-        watch_merge(model, tracker)
+        watch_result(model, run, tracker)
     return Simulation(
         phases=tracker.peaks,
         host_bytes=tracker.host_peak,

@@ -1,5 +1,6 @@
 """Peak memory of a run on its device."""
 
+import ctypes
 import resource
 import sys
 from pathlib import Path
@@ -9,6 +10,16 @@ import torch
 
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
+_CONTROL_GROUP_FILES = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    (
+        "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+        "/sys/fs/cgroup/memory/memory.usage_in_bytes",
+    ),
+)
+# Source: malloc.h of glibc.
+_M_MMAP_THRESHOLD = -3
+_DENSE_THRESHOLD = 1 << 20
 
 
 class PeakMemory:
@@ -33,11 +44,34 @@ class PeakMemory:
         return max(0, _high_water_mark() - self._baseline)
 
 
+def keep_heap_dense() -> bool:
+    """Give every block of 1 MiB and more back to the system as soon as it is free.
+
+    glibc up to 2.37 keeps holes between aligned blocks: a process may take twice what its tensors
+    do. Without the holes a step takes up to a third longer, since every block is made of new
+    pages. Returns whether the C library has such a switch.
+    """
+    try:
+        return ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _DENSE_THRESHOLD) == 1
+    except (OSError, AttributeError, TypeError):
+        return False
+
+
 def available_bytes(device: torch.device) -> int:
     """Memory that a new run could use on `device`, in bytes."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available
+    return min(psutil.virtual_memory().available, _control_group_bytes())
+
+
+def _control_group_bytes() -> int:
+    """What the control group of this process, a container's say, leaves free; v2 and v1."""
+    for limit, used in _CONTROL_GROUP_FILES:
+        try:
+            return int(Path(limit).read_text()) - int(Path(used).read_text())
+        except (OSError, ValueError):  # absent, or "max"
+            continue
+    return sys.maxsize
 
 
 def _reset_high_water_mark() -> None:

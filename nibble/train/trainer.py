@@ -36,8 +36,12 @@ from nibble.train.evaluate import EVAL_TOKENS, evaluate
 from nibble.train.interrupt import StopSignal
 from nibble.train.job import Job, build_job, check_run, open_keys
 from nibble.train.manifest import write_manifest
+from nibble.train.memory import keep_heap_dense
 from nibble.train.optimizer import learning_rate
 from nibble.train.pressure import out_of_memory_named, rehearse, step_within_memory
+
+# Above this share of the free memory the holes of the heap would not fit beside the tensors.
+HEAP_SHARE = 0.4
 
 
 @dataclass(frozen=True)
@@ -93,6 +97,10 @@ def train(
 
         try:
             predicted = folder.record_plan(out, plan)
+            if predicted.get("peak_memory_bytes", 0) > HEAP_SHARE * predicted.get(
+                "budget_bytes", 0
+            ):
+                keep_heap_dense()
             with out_of_memory_named(predicted), StopSignal() as stop:
                 emit_all(PlanMade(_planned(run), list(predicted.get("reasons", ()))))
                 job = build_job(run, out, emit_all, dataset)
