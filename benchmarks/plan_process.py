@@ -18,7 +18,7 @@ from pathlib import Path
 
 LIMIT = 0.10
 # As runs do whose memory is short: without it the holes of the heap count, up to as much again.
-DENSE = {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
+DENSE = {"MALLOC_MMAP_THRESHOLD_": str(1 << 18)}
 SMALLEST_MB = 500
 SHAPES = {
     "llama-wide": {

@@ -17,8 +17,6 @@ from nibble.plan.forecast import Forecast, Forecaster, Option, forecaster
 from nibble.plan.rows import Rows, full_rows
 from nibble.plan.watch import SAVED
 
-# LoRA's base is exact: QLoRA must be this much faster to be preferred where both fit.
-QLORA_MUST_SAVE = 0.10
 # More tokens in a forward pass bring nothing: products are at full speed.
 PASS_TOKENS = {"cuda": 8192, "cpu": 4096}
 # From the least recomputation, the fastest, to the least memory.
@@ -84,7 +82,8 @@ def advise(question: Question) -> Choice:
             reasons=(_does_not_fit(question, closest),),
             changes=tuple(_changes(question, closest)),
         )
-    chosen = _preferred(fitting)
+    # The fastest, so that more memory never makes a plan slower; at a tie LoRA, which is exact.
+    chosen = min(fitting.values(), key=lambda f: f.step_seconds)
     others = [f for m, f in best.items() if m != chosen.option.method]
     reasons = [
         _why_method(question, chosen, best),
@@ -95,14 +94,6 @@ def advise(question: Question) -> Choice:
 
 def _methods(run: RunConfig) -> Sequence[str]:
     return ("lora", "qlora") if run.method == "auto" else (run.method,)
-
-
-def _preferred(fitting: dict[str, Forecast]) -> Forecast:
-    fastest = min(fitting.values(), key=lambda f: f.step_seconds)
-    lora = fitting.get("lora")
-    if lora is not None and fastest.step_seconds > (1 - QLORA_MUST_SAVE) * lora.step_seconds:
-        return lora
-    return fastest
 
 
 def _best(question: Question, forecast: Forecaster, method: str) -> Forecast:
@@ -175,23 +166,26 @@ def _why_method(question: Question, chosen: Forecast, best: dict[str, Forecast])
     lora, qlora = best["lora"], best["qlora"]
     if lora.needed_bytes > question.budget:
         return (
-            f"qlora: lora needs at least {_gb(lora.needed_bytes)} and the device has "
-            f"{_gb(question.budget)}; with the base in 4 bits it takes {_gb(qlora.needed_bytes)}."
+            f"qlora: lora needs {_gb(lora.needed_bytes)} with {_how(lora.option)} and the device "
+            f"has {_gb(question.budget)}; with the base in 4 bits the run takes "
+            f"{_gb(qlora.needed_bytes)}."
         )
     ratio = qlora.step_seconds / lora.step_seconds
     if method == "qlora":
         return (
-            f"qlora: both fit, and it is {100 * (1 - ratio):.0f} % faster: the memory that 4 bits "
-            f"save is spent on recomputing less ({qlora.option.recompute} instead of "
-            f"{lora.option.recompute})."
+            f"qlora: both fit, and it is {100 * (1 - ratio):.0f} % faster, since the memory that 4 "
+            f"bits save is spent on the passes ({_how(qlora.option)} instead of "
+            f"{_how(lora.option)})."
         )
-    pace = (
-        f"{100 * (ratio - 1):.0f} % slower" if ratio >= 1 else f"{100 * (1 - ratio):.0f} % faster"
-    )
     return (
         f"lora: the base fits in 16 bits ({_gb(lora.needed_bytes)} of {_gb(question.budget)}) and "
-        f"stays exact; qlora would be {pace}."
+        f"stays exact; qlora would be {100 * (ratio - 1):.0f} % slower."
     )
+
+
+def _how(option: Option) -> str:
+    rows = "1 row" if option.micro_batch_size == 1 else f"{option.micro_batch_size} rows"
+    return f"recompute {option.recompute} and {rows} a pass"
 
 
 def _why_settings(question: Question, chosen: Forecast, forecast: Forecaster) -> Iterator[str]:

@@ -97,6 +97,7 @@ def forecaster(run: RunConfig, values: dict[str, Any], rows: Rows, device: Devic
     def simulated(option: Option, num_layers: int) -> Simulation:
         return _simulate(run, _with_layers(values, num_layers), rows, option, device)
 
+    @cache
     def forecast(option: Option) -> Forecast:
         lengths = _short_lengths(values, FEWEST_LAYERS[option.recompute])
         if lengths[1] >= total:
@@ -148,7 +149,7 @@ def _forecast(
         phases=simulation.phases,
         peak_bytes=peak_bytes,
         needed_bytes=peak_bytes + margin_bytes(peak),
-        host_bytes=simulation.host_bytes,
+        host_bytes=simulation.paged_bytes + simulation.offloaded_bytes,
         step_seconds=_step_seconds(run, rows, option, simulation, rates),
         num_trainable=simulation.num_trainable,
         num_total=simulation.num_total,
@@ -164,11 +165,10 @@ def _step_seconds(
     num_passes = -(-run.train.batch_size // option.micro_batch_size)
     work: Counter[Operation] = sum((simulation.work[phase] for phase in _PASS), Counter())
     one_pass = work_seconds(work, rates, scale=scale)
-    moved = 2 * simulation.host_bytes / rates.host_link
-    if option.recompute == "offload":
-        one_pass = max(one_pass, scale * moved)
+    # Inputs of layers travel beside the computation, pages after it; both there and back.
+    one_pass = max(one_pass, scale * 2 * simulation.offloaded_bytes / rates.host_link)
     optimizer = work_seconds(simulation.work["optimizer"], rates)
-    return num_passes * one_pass + optimizer + (moved if option.paged else 0.0)
+    return num_passes * one_pass + optimizer + 2 * simulation.paged_bytes / rates.host_link
 
 
 def _short_lengths(values: dict[str, Any], fewest: int) -> tuple[int, int]:
@@ -218,7 +218,8 @@ def _extended(first: Simulation, second: Simulation, times: float) -> Simulation
         )
     return Simulation(
         phases=phases,
-        host_bytes=line(first.host_bytes, second.host_bytes),
+        paged_bytes=line(first.paged_bytes, second.paged_bytes),
+        offloaded_bytes=line(first.offloaded_bytes, second.offloaded_bytes),
         work=work,
         num_trainable=line(first.num_trainable, second.num_trainable),
         num_total=line(first.num_total, second.num_total),
@@ -245,4 +246,5 @@ def _scaled(simulation: Simulation, scale: float) -> Simulation:
                 operation.kind, round(operation.flops * factor), round(operation.bytes * factor)
             )
             work[name][grown] += count
-    return replace(simulation, phases=phases, work=work)
+    offloaded_bytes = round(simulation.offloaded_bytes * scale)
+    return replace(simulation, phases=phases, work=work, offloaded_bytes=offloaded_bytes)

@@ -58,14 +58,16 @@ class Simulation:
 
     Args:
         phases: Peak device bytes of load, build, forward, backward, optimizer, eval, save, merge.
-        host_bytes: Peak of host memory that a CUDA run holds for pages and checkpoints.
+        paged_bytes: Optimizer state in host memory.
+        offloaded_bytes: Peak of the inputs of layers in host memory.
         work: Operations of each phase.
         num_trainable: Values that are trained.
         num_total: Values of base and adapters.
     """
 
     phases: dict[str, Peak]
-    host_bytes: int
+    paged_bytes: int
+    offloaded_bytes: int
     work: dict[str, Counter[Operation]]
     num_trainable: int
     num_total: int
@@ -106,8 +108,8 @@ def simulate(run: RunConfig, values: dict[str, Any], shape: Shape, *, device: st
     with planned, fresh_scratch() as buffers, fake, tracker:
         tracker.begin("load")
         _load(model, placer, weights)
-        tracker.host_peak = tracker.host_bytes
         optimizer = watch_build(model, run, tracker)
+        paged_bytes = tracker.host_peak = tracker.host_bytes
         *batches, held_out = [_batch(ends, shape.target_share) for ends in boundaries]
         tracker.name(boundaries, WORKING)
         watch_step(model, optimizer, run, batches, tracker, buffers)
@@ -116,7 +118,8 @@ def simulate(run: RunConfig, values: dict[str, Any], shape: Shape, *, device: st
         watch_result(model, run, tracker)
     return Simulation(
         phases=tracker.peaks,
-        host_bytes=tracker.host_peak,
+        paged_bytes=paged_bytes,
+        offloaded_bytes=tracker.host_peak - paged_bytes,
         work=tracker.work,
         num_trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
         num_total=count_parameters(model),

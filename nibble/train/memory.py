@@ -19,7 +19,7 @@ _CONTROL_GROUP_FILES = (
 )
 # Source: malloc.h of glibc.
 _M_MMAP_THRESHOLD = -3
-_DENSE_THRESHOLD = 1 << 20
+_DENSE_THRESHOLD = 1 << 18
 
 
 class PeakMemory:
@@ -45,7 +45,7 @@ class PeakMemory:
 
 
 def keep_heap_dense() -> bool:
-    """Give every block of 1 MiB and more back to the system as soon as it is free.
+    """Give every block of 256 KiB and more back to the system as soon as it is free.
 
     glibc up to 2.37 keeps holes between aligned blocks: a process may take twice what its tensors
     do. Without the holes a step takes up to a third longer, since every block is made of new
