@@ -33,10 +33,11 @@ bench: $(INSTALLED)-test
 	$(BIN)/python benchmarks/nf4_cpu.py
 	$(BIN)/python benchmarks/held_out_loss.py
 
-# Eight minutes at most on one GPU: the tests marked gpu, then the main job.
+# Eight minutes at most on one GPU: the tests marked gpu, the main job, then the planner.
 gpu-check:
 	python3 -m pytest -m gpu
 	python3 -m nibble demo
+	python3 benchmarks/plan_accuracy.py --write
 
 clean:
 	rm -rf .venv build dist *.egg-info

@@ -3,7 +3,7 @@
 config, model, data, device -> rows -> advice -> Plan
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -11,14 +11,17 @@ from typing import Any
 from nibble.config import RunConfig
 from nibble.data.dataset import Dataset, build_dataset
 from nibble.errors import DoesNotFitError, ModelError, UnavailableError, did_you_mean
+from nibble.model.families import family_of
 from nibble.model.files import find_config
 from nibble.model.load import load_tokenizer
+from nibble.model.skeleton import build_config
 from nibble.plan.advise import Choice, Question, advise
 from nibble.plan.devices import Device, find_device
 from nibble.plan.estimate import cost, rates_of
 from nibble.plan.forecast import Forecast
 from nibble.plan.presets import preset_config, preset_names, preset_short_names
 from nibble.plan.rows import Rows, full_rows, rows_of
+from nibble.plan.tracker import MOST_EXPERTS
 from nibble.plan.watch import ADAPTERS, GRADIENTS, MOMENTS
 from nibble.train.checkpoint import NUM_KEPT
 from nibble.train.history import read_history, summary
@@ -137,17 +140,30 @@ def make_plan(
     question = Question(run, values, rows, device, correction)
     choice = advise(question)
     plan = _plan(question, choice, charge or Charge(device.price_per_hour))
-    if correction != 1.0:
-        learned = (
-            f"Learned correction: past runs here took {correction:.2f} times what was planned."
-        )
-        plan = replace(plan, reasons=[*plan.reasons, learned])
+    notes = list(_notes(question, has_data=dataset is not None))
+    plan = replace(plan, reasons=[*plan.reasons, *notes])
     if dataset is not None:
         plan = replace(plan, data=_summary(dataset, rows, choice, run))
-    elif run.data.train:
-        unread = "The data was not read: that needs the folder of the model with its tokenizer."
-        plan = replace(plan, reasons=[*plan.reasons, unread])
     return plan, dataset
+
+
+def _notes(question: Question, *, has_data: bool) -> Iterator[str]:
+    """What a person should know of how the plan was made."""
+    if question.correction != 1.0:
+        yield f"Learned correction: past runs here took {question.correction:.2f} times their plan."
+    config = build_config(question.values)
+    if not family_of(config).is_first_class:
+        yield (
+            f"{config.model_type} is not among the tested architectures: the plan assumes that its "
+            "layers run as transformers defines them."
+        )
+    if getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None):
+        yield f"Tokens are taken to spread evenly over {MOST_EXPERTS} experts at least."
+    if question.run.data.train and not has_data:
+        yield "The data was not read: that needs the folder of the model with its tokenizer."
+    if question.device.count > 1:
+        count = question.device.count
+        yield f"A run uses one device; {count} runs can go side by side on {count}."
 
 
 def model_values(run: RunConfig) -> dict[str, Any]:
