@@ -98,39 +98,28 @@ def _methods(run: RunConfig) -> Sequence[str]:
 
 def _best(question: Question, forecast: Forecaster, method: str) -> Forecast:
     """The fastest option of a method that fits, or else the one that needs the least."""
-    least = []
+    sizes, policies = _sizes(question), _policies(question)
+    smallest: list[Forecast] = []
     for optimizer, paged in _optimizers(question):
-        least.append(_smallest(question, forecast, Option(method, "", 0, optimizer, paged)))
-        if least[-1].needed_bytes <= question.budget:
-            return _fastest(question, forecast, least[-1].option)
-        if least[-1].phases["load"].bytes > question.budget:
-            break  # the base alone is too large
-    return min(least, key=lambda f: f.needed_bytes)
-
-
-def _smallest(question: Question, forecast: Forecaster, start: Option) -> Forecast:
-    """One row in a pass, and a policy that keeps little: full if that fits, else offload."""
-    size, policies = _sizes(question)[0], _policies(question)
-    full = forecast(replace(start, recompute=policies[-1], micro_batch_size=size))
-    is_hopeless = full.phases["load"].bytes > question.budget
-    if full.needed_bytes <= question.budget or "offload" not in policies or is_hopeless:
-        return full
-    return forecast(replace(full.option, recompute="offload"))
-
-
-def _fastest(question: Question, forecast: Forecaster, start: Option) -> Forecast:
-    """The fastest policy and number of rows that fit; one of them does."""
-    fitting: list[Forecast] = []
-    for recompute in _policies(question):
-        found = [
-            forecast(replace(start, recompute=recompute, micro_batch_size=size))
-            for size in _sizes(question)
-        ]
-        fitting += [f for f in found if f.needed_bytes <= question.budget]
-        least = min(f.step_seconds for f in found)
-        if any(f.step_seconds <= RECOMPUTE_COSTS * least for f in fitting):
-            break
-    return min(fitting, key=lambda f: (f.step_seconds, f.needed_bytes))
+        start = Option(method, policies[-1], sizes[0], optimizer, paged)
+        # Where the policies that keep the least did not fit, nothing else will.
+        tried = policies[-2:] if smallest else policies
+        fitting: list[Forecast] = []
+        for recompute in tried:
+            found = [
+                forecast(replace(start, recompute=recompute, micro_batch_size=size))
+                for size in sizes
+            ]
+            if found[0].phases["load"].bytes > question.budget:
+                return forecast(start)  # the base alone is too large
+            smallest.append(found[0])
+            fitting += [f for f in found if f.needed_bytes <= question.budget]
+            least = min(f.step_seconds for f in found)
+            if any(f.step_seconds <= RECOMPUTE_COSTS * least for f in fitting):
+                break
+        if fitting:
+            return min(fitting, key=lambda f: (f.step_seconds, f.needed_bytes))
+    return min(smallest, key=lambda f: f.needed_bytes)
 
 
 def _policies(question: Question) -> Sequence[str]:
@@ -211,15 +200,11 @@ def _why_settings(question: Question, chosen: Forecast, forecast: Forecaster) ->
 
 
 def _why_recompute(question: Question, option: Option, forecast: Forecaster) -> Iterator[str]:
-    policies = _policies(question)
-    if option.recompute == policies[0]:
-        most = _smallest(question, forecast, option)
-        least = forecast(option)
-        share = 100 * (1 - least.step_seconds / most.step_seconds)
+    chosen = forecast(option)
+    if option.recompute == "none":
         yield (
-            f"recompute none: activations take {_gb(_saved(least))}; recomputing them all would "
-            f"need {_gb(most.needed_bytes)} in all and make a step "
-            f"{100 * share / (100 - share):.0f} % slower."
+            f"recompute none: activations take {_gb(_saved(chosen))}; recomputing them would make "
+            f"a step {100 * chosen.forward_share:.0f} % slower."
         )
         return
     lighter = forecast(replace(option, recompute="none"))
@@ -277,8 +262,12 @@ def _would_fit(question: Question, changed: dict[str, Any]) -> bool:
     rows = full_rows(run) if "data.max_seq_len" in changed else question.rows
     asked = replace(question, run=run, rows=rows)
     optimizer, paged = list(_optimizers(asked))[-1]
-    option = Option(_methods(run)[-1], "", 0, optimizer, paged)
-    return _smallest(asked, asked.forecaster(), option).needed_bytes <= question.budget
+    policies, forecast = _policies(asked), asked.forecaster()
+    options = (
+        Option(_methods(run)[-1], recompute, _sizes(asked)[0], optimizer, paged)
+        for recompute in policies[-2:]
+    )
+    return any(forecast(option).needed_bytes <= asked.budget for option in options)
 
 
 def _gb(num_bytes: float) -> str:

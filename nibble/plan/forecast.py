@@ -22,7 +22,7 @@ from nibble.plan.tracker import Operation, Peak
 from nibble.plan.watch import SAVED, WORKING
 
 # Below so many layers other moments are the highest than with many; offload keeps two inputs here.
-FEWEST_LAYERS = {"none": 2, "selective": 2, "full": 2, "offload": 4}
+FEWEST_LAYERS = {"none": 2, "selective": 2, "full": 2, "offload": 3}
 # Phases whose transient parts grow with the rows of a forward pass.
 _PASS = ("forward", "backward")
 
@@ -58,6 +58,7 @@ class Forecast:
         needed_bytes: The same with the margin for fragmentation.
         host_bytes: Host memory of pages and checkpoints.
         step_seconds: An optimizer step of average rows; relative where rates are unknown.
+        forward_share: Of a step without recomputation, the share that forward passes take.
         num_trainable: Values that are trained.
         num_total: Values of base and adapters.
     """
@@ -68,6 +69,7 @@ class Forecast:
     needed_bytes: int
     host_bytes: int
     step_seconds: float
+    forward_share: float
     num_trainable: int
     num_total: int
 
@@ -151,6 +153,7 @@ def _forecast(
         needed_bytes=peak_bytes + margin_bytes(peak),
         host_bytes=simulation.paged_bytes + simulation.offloaded_bytes,
         step_seconds=_step_seconds(run, rows, option, simulation, rates),
+        forward_share=_forward_share(simulation, rates),
         num_trainable=simulation.num_trainable,
         num_total=simulation.num_total,
     )
@@ -169,6 +172,11 @@ def _step_seconds(
     one_pass = max(one_pass, scale * 2 * simulation.offloaded_bytes / rates.host_link)
     optimizer = work_seconds(simulation.work["optimizer"], rates)
     return num_passes * one_pass + optimizer + 2 * simulation.paged_bytes / rates.host_link
+
+
+def _forward_share(simulation: Simulation, rates: Rates) -> float:
+    forward, backward = (work_seconds(simulation.work[phase], rates) for phase in _PASS)
+    return forward / (forward + backward)
 
 
 def _short_lengths(values: dict[str, Any], fewest: int) -> tuple[int, int]:

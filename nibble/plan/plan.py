@@ -158,7 +158,7 @@ def _notes(question: Question, *, has_data: bool) -> Iterator[str]:
             "layers run as transformers defines them."
         )
     if getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None):
-        yield f"Tokens are taken to spread evenly over {MOST_EXPERTS} experts at least."
+        yield f"Tokens are taken to spread evenly over up to {MOST_EXPERTS} experts."
     if question.run.data.train and not has_data:
         yield "The data was not read: that needs the folder of the model with its tokenizer."
     if question.device.count > 1:

@@ -115,7 +115,7 @@ def simulate(run: RunConfig, values: dict[str, Any], shape: Shape, *, device: st
         watch_step(model, optimizer, run, batches, tracker, buffers)
         if shape.eval_documents:
             watch_evaluation(model, run, held_out, tracker, buffers)
-        watch_result(model, run, tracker)
+        watch_result(model, optimizer, run, tracker)
     return Simulation(
         phases=tracker.peaks,
         paged_bytes=paged_bytes,

@@ -99,10 +99,13 @@ def watch_evaluation(
 
 
 @torch.no_grad()
-def watch_result(model: nn.Module, run: RunConfig, tracker: MemoryTracker) -> None:
+def watch_result(
+    model: nn.Module, optimizer: AdamW, run: RunConfig, tracker: MemoryTracker
+) -> None:
     """What is written at the end, and the merged weight of the largest layer in float32."""
     tracker.begin("save", WORKING)
     if run.method == "full":
+        optimizer.release()
         copies = [parameter.to(torch.bfloat16) for parameter in model.parameters()]
         del copies
     layers = [module for module in model.modules() if isinstance(module, LoRALinear)]

@@ -129,6 +129,14 @@ class AdamW:
             exp_avg.to(value.dtype), denominator.to(value.dtype), value=-lr / correction1
         )
 
+    def release(self) -> None:
+        """Give moments and gradients back; the optimizer is of no use afterwards."""
+        for group in self.groups:
+            for parameter in group.parameters:
+                parameter.grad = None
+        self._flat.clear()
+        del self.moments
+
     def state(self) -> dict[str, Tensor]:
         """The tensors that a resumed run needs, by name; only paged moments are copied."""
         values = {f"group{index}.value": flat.value for index, flat in enumerate(self._flat)}

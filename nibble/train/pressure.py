@@ -87,11 +87,12 @@ def rehearse(
 
     Nothing is learnt, and the random state is put back.
     """
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     while True:
         ids = loader.largest_pass(num_steps, loader.micro_batch_size)
         batch = rows_to_batch([loader.rows[i] for i in ids], ids)
         try:
-            with torch.random.fork_rng():
+            with torch.random.fork_rng(devices):
                 token_loss(batch)[0].backward()
             optimizer.zero_grad()
             return

@@ -215,6 +215,8 @@ def _write_result(job: Job, state: TrainState, last: EvalEnd | None) -> Path:
     run = job.run
     if run.method == "full":
         target = job.out / "model"
+        # The last checkpoint stands: what it holds need not stay beside the copy in 16 bits.
+        job.optimizer.release()
         job.model.to(torch.bfloat16).save_pretrained(target)
         job.tokenizer.save_pretrained(target)
         return target

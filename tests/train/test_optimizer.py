@@ -106,3 +106,12 @@ def test_schedule():
     cosine = rates()
     assert cosine[0] == 1.0
     assert cosine[2] == pytest.approx(0.5)
+
+
+def test_released_moments_and_gradients_are_gone():
+    parameter = nn.Parameter(torch.ones(8))
+    optimizer = AdamW([ParameterGroup((parameter,))])
+    optimizer.release()
+    assert parameter.grad is None
+    assert not hasattr(optimizer, "moments")
+    assert torch.equal(parameter, torch.ones(8))
