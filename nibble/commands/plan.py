@@ -43,14 +43,17 @@ def plan(
     run = load_config(recipe, [*progress.overrides(flags, data), *(set_ or [])])
 
     from nibble.plan.devices import find_device, parse_memory, with_measured_rates
+
+    if memory:
+        parse_memory(memory)
+    chosen = find_device(memory or device or "here")
+
     from nibble.plan.plan import Charge, make_plan
     from nibble.train.job import check_named
 
     check_named(run)
-    if memory:
-        parse_memory(memory)
-    chosen = with_measured_rates(find_device(memory or device or "here"))
     charge = Charge(chosen.price_per_hour if price is None else price, billing)
+    chosen = with_measured_rates(chosen)
     made, _ = make_plan(run, chosen, charge=charge)
     if as_json:
         typer.echo(progress.to_json(made.to_dict()))

@@ -76,11 +76,16 @@ def cost(seconds: float, price_per_hour: float, billing: str = "1s") -> float:
     Raises:
         UsageError: If `billing` is no time.
     """
-    unit = _billing_seconds(billing)
+    unit = billing_seconds(billing)
     return math.ceil(seconds / unit) * unit / 3600 * price_per_hour
 
 
-def _billing_seconds(billing: str) -> int:
+def billing_seconds(billing: str) -> int:
+    """A unit of time such as "15min" in seconds.
+
+    Raises:
+        UsageError: If it is none.
+    """
     match = re.fullmatch(r"([1-9][0-9]*)(s|min|h)", billing)
     if match is None:
         raise UsageError(

@@ -3,6 +3,7 @@
 config, model, data, device -> rows -> advice -> Plan
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -10,14 +11,20 @@ from typing import Any
 
 from nibble.config import RunConfig
 from nibble.data.dataset import Dataset, build_dataset
-from nibble.errors import DoesNotFitError, ModelError, UnavailableError, did_you_mean
+from nibble.errors import (
+    DoesNotFitError,
+    ModelError,
+    UnavailableError,
+    UsageError,
+    did_you_mean,
+)
 from nibble.model.families import family_of
 from nibble.model.files import find_config
 from nibble.model.load import load_tokenizer
 from nibble.model.skeleton import build_config
 from nibble.plan.advise import Choice, Question, advise
 from nibble.plan.devices import Device, find_device
-from nibble.plan.estimate import cost, rates_of
+from nibble.plan.estimate import billing_seconds, cost, rates_of
 from nibble.plan.forecast import Forecast
 from nibble.plan.presets import preset_config, preset_names, preset_short_names
 from nibble.plan.rows import Rows, full_rows, rows_of
@@ -111,10 +118,20 @@ class Plan:
 
 @dataclass(frozen=True)
 class Charge:
-    """What a device costs: per hour, in units of `billing`."""
+    """What a device costs: per hour, in units of `billing`.
+
+    Raises:
+        UsageError: If the price is negative or no number, or `billing` is no time.
+    """
 
     price_per_hour: float | None = None
     billing: str = "1s"
+
+    def __post_init__(self) -> None:
+        billing_seconds(self.billing)
+        price = self.price_per_hour
+        if price is not None and not (math.isfinite(price) and price >= 0):
+            raise UsageError(f"a price of {price} is none", fix="give USD per hour, such as 2.31")
 
 
 def make_plan(
@@ -177,6 +194,9 @@ def model_values(run: RunConfig) -> dict[str, Any]:
         known = preset_config(name)
         if known is not None:
             return known
+        close = did_you_mean(name, preset_short_names())
+        if close and "/" not in name:
+            raise ModelError(f"model {name!r} is no folder and no preset", fix=close)
     try:
         return find_config(name, run.model.revision)
     except (ModelError, UnavailableError) as error:
@@ -265,7 +285,9 @@ def _summary(dataset: Dataset, rows: Rows, choice: Choice, run: RunConfig) -> Da
     cut_offs = [edge for edge in (256, 512, 1024, 2048, 4096, 8192) if edge < run.data.max_seq_len]
     report = dataset.report.train
     share_cut = {edge: sum(n > edge for n in lengths) / len(lengths) for edge in cut_offs}
-    share_cut[run.data.max_seq_len] = report.num_truncated / max(1, report.num_read)
+    num_dropped = report.num_dropped_long + report.num_dropped_without_target
+    num_long = report.num_truncated + report.num_dropped_long
+    share_cut[run.data.max_seq_len] = num_long / max(1, report.num_documents + num_dropped)
     size = choice.forecast.option.micro_batch_size
     return DataSummary(
         num_rows=report.num_rows,

@@ -28,7 +28,15 @@ from nibble.model.names import tied_names
 from nibble.model.place import Placer
 from nibble.model.skeleton import build_config, build_skeleton
 from nibble.plan.tracker import MOST_EXPERTS, MemoryTracker, Operation, Peak
-from nibble.plan.watch import WORKING, watch_build, watch_evaluation, watch_result, watch_step
+from nibble.plan.watch import (
+    BASE_4BIT,
+    BASE_DENSE,
+    WORKING,
+    watch_build,
+    watch_evaluation,
+    watch_result,
+    watch_step,
+)
 from nibble.train.build import storage_of
 
 # Allocator granularity of CUDA. Source: torch c10/cuda/CUDACachingAllocator, kMinBlockSize.
@@ -106,8 +114,8 @@ def simulate(run: RunConfig, values: dict[str, Any], shape: Shape, *, device: st
     planned = planned_device(device, on_kernel=tracker.count_kernel)
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with planned, fresh_scratch() as buffers, fake, tracker:
-        tracker.begin("load")
-        _load(model, placer, weights)
+        tracker.begin("load", BASE_DENSE if storage.quant is None else BASE_4BIT)
+        _load(model, placer, weights, tracker)
         optimizer = watch_build(model, run, tracker)
         paged_bytes = tracker.host_peak = tracker.host_bytes
         *batches, held_out = [_batch(ends, shape.target_share) for ends in boundaries]
@@ -126,7 +134,9 @@ def simulate(run: RunConfig, values: dict[str, Any], shape: Shape, *, device: st
     )
 
 
-def _load(model: Any, placer: Placer, weights: dict[str, tuple[int, ...]]) -> None:
+def _load(
+    model: Any, placer: Placer, weights: dict[str, tuple[int, ...]], tracker: MemoryTracker
+) -> None:
     """Place every weight without values, as the loader does; on a CPU from one shared buffer."""
     for name, buffer in list(model.named_buffers()):
         owner = model.get_submodule(name.rpartition(".")[0])
@@ -136,6 +146,7 @@ def _load(model: Any, placer: Placer, weights: dict[str, tuple[int, ...]]) -> No
     is_cpu = device_type(torch.device("cpu")) == "cpu"
     new = partial(torch.empty if is_cpu else host_empty, dtype=torch.bfloat16)
     borrowed = new(largest)
+    tracker.name([borrowed], WORKING)
     for name, shape in weights.items():
         if name in ties:
             continue

@@ -6,7 +6,7 @@ storage counts from the first tensor that shows it until its last tensor is gone
 
 import weakref
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -192,8 +192,7 @@ class MemoryTracker(TorchDispatchMode):
         name = func._schema.name.removeprefix("aten::")
         if name in _FREE:
             return
-        outputs = out if isinstance(out, list | tuple) else [out]
-        tensors = [t for t in (*args, *outputs) if isinstance(t, Tensor)]
+        tensors = list(_tensors_of((*args, out)))
         num_bytes = sum(t.numel() * t.itemsize for t in tensors)
         kind, flops = "other", 0
         if name in _PRODUCTS:
@@ -202,6 +201,15 @@ class MemoryTracker(TorchDispatchMode):
         elif "dot_product" in name:
             kind, flops = "attention", _attention_flops(name, tensors)
         self.work[self._phase][Operation(kind, flops, num_bytes)] += 1
+
+
+def _tensors_of(values: Iterable[Any]) -> Iterator[Tensor]:
+    """The tensors among some values and in lists among them."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from (item for item in value if isinstance(item, Tensor))
 
 
 def _attention_flops(name: str, tensors: list[Tensor]) -> int:

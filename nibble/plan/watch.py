@@ -41,9 +41,9 @@ _EMBEDDING_USES = ("embeddings", "head")
 
 def watch_build(model: nn.Module, run: RunConfig, tracker: MemoryTracker) -> AdamW:
     """Adapt a loaded base and make its optimizer; label all that is resident from then on."""
+    tracker.settle(WORKING)
     for kind, tensor in stored_tensors(model):
         tracker.name([tensor], _part_of(kind))
-    tracker.settle(WORKING)
     tracker.begin("build", MOMENTS)
     optimizer = equip(model, run)
     tracker.settle(MOMENTS)

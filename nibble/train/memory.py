@@ -65,13 +65,25 @@ def available_bytes(device: torch.device) -> int:
 
 
 def _control_group_bytes() -> int:
-    """What the control group of this process, a container's say, leaves free; v2 and v1."""
+    """What the control group of this process, a container's say, leaves free; v2 and v1.
+
+    Pages of files that were read count as used but are given up when memory is short.
+    """
     for limit, used in _CONTROL_GROUP_FILES:
         try:
-            return int(Path(limit).read_text()) - int(Path(used).read_text())
+            free = int(Path(limit).read_text()) - int(Path(used).read_text())
         except (OSError, ValueError):  # absent, or "max"
             continue
+        return max(0, free + _inactive_file_bytes(Path(used).with_name("memory.stat")))
     return sys.maxsize
+
+
+def _inactive_file_bytes(stat: Path) -> int:
+    try:
+        values = dict(line.split() for line in stat.read_text().splitlines())
+        return int(values["inactive_file"])
+    except (OSError, ValueError, KeyError):
+        return 0
 
 
 def _reset_high_water_mark() -> None:
