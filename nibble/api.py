@@ -41,21 +41,22 @@ def train(
     check_run(run)
     if run.out is None:
         run = run.with_values({"out": str(folder.folder_of(run))}, "default")
-    run = _with_earlier_plan(run)
-    is_planned = bool(folder.read_plan(folder.folder_of(run)))
-    if is_planned and not open_keys(run):
-        return trainer.train(run, emit)
+    out = folder.folder_of(run)
+    earlier = folder.read_run(out)
+    if earlier is not None:
+        kept = _with_plan_of(earlier, run)
+        is_same = not folder.changed_keys(earlier, kept)
+        has_begun = (out / folder.CHECKPOINTS).is_dir()
+        if not open_keys(kept) and (has_begun or (is_same and folder.read_plan(out))):
+            return trainer.train(kept, emit)
     made, dataset = make_plan(run)
     if not made.fits and not anyway:
         raise made.error()
     return trainer.train(concrete(run, made.settings), emit, plan=made.to_dict(), dataset=dataset)
 
 
-def _with_earlier_plan(run: RunConfig) -> RunConfig:
+def _with_plan_of(earlier: RunConfig, run: RunConfig) -> RunConfig:
     """The run with what was planned when its folder was made, where it leaves that open."""
-    earlier = folder.read_run(folder.folder_of(run))
-    if earlier is None:
-        return run
     flat = run.flat()
     kept = {
         key: value

@@ -8,8 +8,15 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# As many workers as cores run side by side, one thread each.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# A busy machine draws examples slowly; that says nothing of the code.
+settings.register_profile("nibble", suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("nibble")
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 

@@ -67,14 +67,16 @@ def plan(
 
 def _print_plan(plan: "Plan") -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     console = Console(highlight=False, soft_wrap=True)
     verdict = "fits" if plan.fits else "does not fit"
-    console.print(f"[bold]{plan.model} on {plan.device}: {plan.method} {verdict}[/bold]\n")
+    title = escape(f"{plan.model} on {plan.device}: {plan.method} {verdict}")
+    console.print(f"[bold]{title}[/bold]\n")
     table = Table.grid(padding=(0, 2))
     for name, value in _lines(plan):
-        table.add_row(f"[dim]{name}[/dim]", value)
+        table.add_row(f"[dim]{name}[/dim]", escape(value))
     console.print(table)
     console.print("\n[dim]at the peak[/dim]")
     parts = Table.grid(padding=(0, 2))
@@ -86,11 +88,11 @@ def _print_plan(plan: "Plan") -> None:
     console.print(parts)
     console.print("\n[dim]why[/dim]")
     for reason in plan.reasons:
-        console.print(f"  {reason}")
+        console.print(f"  {escape(reason)}")
     if plan.changes:
         console.print("\n[dim]what would fit[/dim]")
         for change in plan.changes:
-            console.print(f"  {change}")
+            console.print(f"  {escape(change)}")
 
 
 def _lines(plan: "Plan") -> list[tuple[str, str]]:

@@ -53,7 +53,15 @@ def train(
     typer.echo(f"peak memory    {progress.size(result.peak_memory_bytes)}")
     typer.echo(f"speed          {result.tokens_per_s:,.0f} tokens/s")
     flag = "--model" if run.method == "full" else f"--model {run.model.name} --adapter"
-    typer.echo(f"try it         nibble chat {flag} {result.adapter}", err=True)
+    method = " --method qlora" if _is_qlora(result.out) else ""
+    typer.echo(f"try it         nibble chat {flag} {result.adapter}{method}", err=True)
+
+
+def _is_qlora(out: Path) -> bool:
+    from nibble.train import folder
+
+    run = folder.read_run(out)
+    return run is not None and run.method == "qlora"
 
 
 def _refuse_content(folder: Path) -> None:

@@ -49,6 +49,13 @@ def build_config(values: dict[str, Any]) -> PreTrainedConfig:
             f"config.json does not fit {model_type!r}: {error}", fix="download config.json again"
         ) from None
     family_of(config)
+    for key in ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size"):
+        count = getattr(config, key, 1)
+        if isinstance(count, int) and count < 1:
+            raise ModelError(
+                f"config.json says {key}: {count}, expected at least 1",
+                fix="download config.json again",
+            )
     return config
 
 

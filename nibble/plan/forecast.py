@@ -1,7 +1,7 @@
 """What each way to run would need: memory and time, from simulations of a shortened model.
 
 Decoder layers repeat, so every part of memory is linear in their number; two simulations with few
-layers give the line. What is chosen in the end is simulated whole.
+layers give the line. Models of another kind are simulated whole.
 """
 
 from collections import Counter
@@ -56,7 +56,8 @@ class Forecast:
         phases: Peak tensor bytes of each phase.
         peak_bytes: The highest of them with the workspace of libraries.
         needed_bytes: The same with the margin for fragmentation.
-        host_bytes: Host memory of pages and checkpoints.
+        host_bytes: Host memory of pages and of inputs of layers.
+        paged_bytes: The pages alone.
         step_seconds: An optimizer step of average rows; relative where rates are unknown.
         forward_share: Of a step without recomputation, the share that forward passes take.
         num_trainable: Values that are trained.
@@ -68,6 +69,7 @@ class Forecast:
     peak_bytes: int
     needed_bytes: int
     host_bytes: int
+    paged_bytes: int
     step_seconds: float
     forward_share: float
     num_trainable: int
@@ -152,6 +154,7 @@ def _forecast(
         peak_bytes=peak_bytes,
         needed_bytes=peak_bytes + margin_bytes(peak),
         host_bytes=simulation.paged_bytes + simulation.offloaded_bytes,
+        paged_bytes=simulation.paged_bytes,
         step_seconds=_step_seconds(run, rows, option, simulation, rates),
         forward_share=_forward_share(simulation, rates),
         num_trainable=simulation.num_trainable,
@@ -164,7 +167,8 @@ def _step_seconds(
 ) -> float:
     """Forward and backward for every row of the batch, and one move of the optimizer."""
     counted_tokens = sum(rows.worst[option.micro_batch_size])
-    scale = option.micro_batch_size * rows.mean_row_tokens / counted_tokens
+    num_rows = min(option.micro_batch_size, run.train.batch_size)
+    scale = num_rows * rows.mean_row_tokens / counted_tokens
     num_passes = -(-run.train.batch_size // option.micro_batch_size)
     work: Counter[Operation] = sum((simulation.work[phase] for phase in _PASS), Counter())
     one_pass = work_seconds(work, rates, scale=scale)

@@ -271,7 +271,7 @@ def _runner_up(choice: Choice, budget: int, is_timed: bool) -> RunnerUp:
 def _disk_bytes(forecast: Forecast) -> int:
     """The checkpoints that are kept, and the adapter: trained values in float32 or less."""
     parts = forecast.phases["optimizer"].parts
-    state = parts.get(MOMENTS, 0) + forecast.host_bytes
+    state = parts.get(MOMENTS, 0) + forecast.paged_bytes
     trained = parts.get(ADAPTERS, 0) or parts.get(GRADIENTS, 0)
     return NUM_KEPT * (state + trained) + trained
 

@@ -37,7 +37,7 @@ def full_rows(run: RunConfig) -> Rows:
     length = run.data.max_seq_len
     num_eval = max(1, EVAL_TOKENS // length) if run.data.eval else 0
     return Rows(
-        worst={size: (length,) * size for size in _sizes(run)},
+        worst={size: (length,) * min(size, run.train.batch_size) for size in _sizes(run)},
         eval_documents=(length,) * num_eval,
         num_steps=run.train.steps,
         mean_row_tokens=length,

@@ -19,7 +19,6 @@ from nibble.kernels.target import is_host_allocation
 SAVED = "saved activations"
 WORKING = "layer working set"
 HEAD = "logits and loss"
-BASE_16BIT = "base in 16 bits"
 
 # What fake tensors ask for by far the most often; they know it themselves.
 _DEVICE = torch.ops.prim.device.default

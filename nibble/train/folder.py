@@ -78,7 +78,15 @@ def read_plan(folder: Path) -> dict[str, Any]:
         plan = json.loads((folder / PLAN_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return plan if isinstance(plan, dict) else {}
+    return plan if isinstance(plan, dict) and _is_usable(plan) else {}
+
+
+def _is_usable(plan: dict[str, Any]) -> bool:
+    """Whether a plan has what a run reads of it."""
+    numbers = ("peak_memory_bytes", "uncorrected_peak_memory_bytes", "budget_bytes")
+    has_numbers = all(isinstance(plan.get(key), int) and plan[key] > 0 for key in numbers)
+    has_parts = isinstance(plan.get("parts"), dict) and isinstance(plan.get("reasons"), list)
+    return has_numbers and has_parts and isinstance(plan.get("device"), str)
 
 
 def is_finished(folder: Path) -> bool:

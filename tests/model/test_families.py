@@ -74,6 +74,7 @@ def test_packed_documents_are_separate(family, policy, tiny_model_folder):
     model, _ = load_base(str(tiny_model_folder(family)), storage="float32")
     embeddings = model.get_input_embeddings().weight.requires_grad_()
     apply_recompute(model, policy)
+    torch.manual_seed(0)
     batch = packed(1, 7, 7, 3, 12)
     together = hidden_states(model, batch)
     weights = torch.randn_like(together)
@@ -82,7 +83,8 @@ def test_packed_documents_are_separate(family, policy, tiny_model_folder):
     separate = torch.cat(parts)
     (expected,) = torch.autograd.grad((separate * weights).sum(), embeddings)
     torch.testing.assert_close(together, separate, rtol=0, atol=4e-6)
-    torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=2e-5)
+    # By the norm: single values that cancel out carry rounding of many times their own size.
+    assert (gradient - expected).norm() <= 1e-5 * expected.norm()
 
 
 @pytest.mark.parametrize("storage", ["nf4", "fp4"])
