@@ -96,12 +96,12 @@ def _print_plan(plan: "Plan") -> None:
 
 
 def _lines(plan: "Plan") -> list[tuple[str, str]]:
-    share = plan.peak_memory_bytes / max(1, plan.budget_bytes)
+    share = plan.needed_bytes / max(1, plan.budget_bytes)
     lines = [
         ("settings", _settings(plan.settings)),
         (
             "memory",
-            f"{progress.gigabytes(plan.peak_memory_bytes)} of "
+            f"{progress.gigabytes(plan.needed_bytes)} of "
             f"{progress.gigabytes(plan.budget_bytes)}  {_bar(min(1.0, share))} {share:.0%}",
         ),
         ("trained", f"{plan.num_trainable:,} of {plan.num_total:,} values"),

@@ -72,6 +72,7 @@ class Plan:
         peak_memory_bytes: The highest phase, with the workspace of libraries, corrected by what
             past runs on the device took.
         uncorrected_peak_memory_bytes: The same without that correction.
+        needed_bytes: The peak with the margin for holes between tensors: what has to fit.
         budget_bytes: What one device has for the run.
         phases: Peak bytes of each phase.
         parts: What the bytes at the peak are for.
@@ -89,6 +90,7 @@ class Plan:
     fits: bool
     peak_memory_bytes: int
     uncorrected_peak_memory_bytes: int
+    needed_bytes: int
     budget_bytes: int
     phases: dict[str, int]
     parts: dict[str, int]
@@ -233,6 +235,7 @@ def _plan(question: Question, choice: Choice, charge: Charge) -> Plan:
         fits=choice.fits,
         peak_memory_bytes=forecast.peak_bytes,
         uncorrected_peak_memory_bytes=round(forecast.peak_bytes / question.correction),
+        needed_bytes=forecast.needed_bytes,
         budget_bytes=question.budget,
         phases={name: peak.bytes for name, peak in forecast.phases.items()},
         parts={part: size for part, size in forecast.peak.parts.items() if size},
