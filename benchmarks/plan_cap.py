@@ -61,7 +61,8 @@ def main() -> int:
                 f"model.name={work / shape}", f"data.train={work / 'text.txt'}",
             ]  # fmt: skip
             environment = {
-                **os.environ, **DENSE, "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": tempfile.mkdtemp(dir=work),
+                **os.environ, **DENSE, "OMP_NUM_THREADS": "1",
+                "XDG_CACHE_HOME": tempfile.mkdtemp(dir=work),
             }  # fmt: skip
             done = subprocess.run(
                 [sys.executable, "-c", CHILD, json.dumps(settings), str(MARGIN)],
