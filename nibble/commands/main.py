@@ -7,7 +7,7 @@ import typer
 
 from nibble.commands import chat, config, data, demo, doctor, evaluate, plan, train
 from nibble.environment import wait_passively
-from nibble.errors import NibbleError
+from nibble.errors import NibbleError, RunInterrupted
 
 app = typer.Typer(
     name="nibble",
@@ -45,8 +45,10 @@ def _run(words: Sequence[str], is_debug: bool) -> int:
         print(f"nibble: {error}", file=sys.stderr)  # noqa: T201
         return error.exit_code
     except KeyboardInterrupt:
-        return 130
+        return _interrupted()
     except SystemExit as stop:
+        if stop.code == RunInterrupted.exit_code:
+            return _interrupted()
         return stop.code if isinstance(stop.code, int) else 1
     except Exception as error:
         if is_debug:
@@ -58,3 +60,8 @@ def _run(words: Sequence[str], is_debug: bool) -> int:
         )
         return 1
     return 0
+
+
+def _interrupted() -> int:
+    print("nibble: interrupted before anything was trained", file=sys.stderr)  # noqa: T201
+    return RunInterrupted.exit_code
