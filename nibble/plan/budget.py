@@ -6,8 +6,7 @@ tensors + workspace            what torch.cuda.max_memory_allocated shows
 """
 
 from nibble.plan.devices import Device
-from nibble.plan.tracker import Peak
-from nibble.plan.watch import HEAD, SAVED, WORKING
+from nibble.plan.tracker import HEAD, SAVED, WORKING, Peak
 
 MIB = 2**20
 # CUDA context and loaded kernels, outside of torch's allocator. Source: 0.4 to 0.6 GiB seen with

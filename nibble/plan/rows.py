@@ -21,7 +21,6 @@ class Rows:
         num_steps: Optimizer steps of the run; None where they are not known.
         mean_row_tokens: Tokens of a row on average.
         target_share: Share of tokens that carry loss.
-        is_assumed: Whether these are full rows of `data.max_seq_len` for want of data.
     """
 
     worst: dict[int, Documents]
@@ -29,7 +28,6 @@ class Rows:
     num_steps: int | None
     mean_row_tokens: float
     target_share: float = 1.0
-    is_assumed: bool = False
 
 
 def full_rows(run: RunConfig) -> Rows:
@@ -41,7 +39,6 @@ def full_rows(run: RunConfig) -> Rows:
         eval_documents=(length,) * num_eval,
         num_steps=run.train.steps,
         mean_row_tokens=length,
-        is_assumed=True,
     )
 
 

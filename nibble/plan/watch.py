@@ -15,7 +15,7 @@ from nibble.data.loader import Batch
 from nibble.model.families import decoder_layers, decoder_of
 from nibble.model.ledger import stored_tensors
 from nibble.model.lora import LoRALinear
-from nibble.plan.tracker import MemoryTracker
+from nibble.plan.tracker import HEAD, SAVED, WORKING, MemoryTracker
 from nibble.train.build import autocast_of, equip
 from nibble.train.evaluate import evaluate
 from nibble.train.loss import token_loss
@@ -30,9 +30,6 @@ ADAPTERS = "adapters"
 TRAINED = "trained weights"
 GRADIENTS = "gradients"
 MOMENTS = "optimizer state"
-SAVED = "saved activations"
-WORKING = "layer working set"
-HEAD = "logits and loss"
 DEQUANTISED = "dequantise buffer"
 
 _SMALL_USES = ("norms", "biases", "routers", "tables")

@@ -41,7 +41,6 @@ class TestFullRows:
         rows = full_rows(config("train.batch_size=5", "train.steps=7"))
         assert rows.worst == {1: (64,), 2: (64, 64), 4: (64,) * 4}
         assert (rows.num_steps, rows.mean_row_tokens, rows.target_share) == (7, 64, 1.0)
-        assert rows.is_assumed
 
     def test_a_number_of_rows_that_is_set_is_the_only_one(self):
         assert list(full_rows(config("train.micro_batch_size=3")).worst) == [3]
@@ -75,7 +74,6 @@ class TestRowsOfData:
         dataset = build_dataset(run.data, tokenizer, seed=run.train.seed)
         rows = rows_of(dataset, run)
         assert list(rows.worst) == [2**n for n in range(5) if 2**n <= batch_size]
-        assert not rows.is_assumed
         for size, documents in rows.worst.items():
             loader = Loader(dataset.train, batch_size=batch_size, micro_batch_size=size, seed=3)
             num_steps = run.train.steps or math.ceil(2 * loader.steps_per_epoch)
