@@ -46,7 +46,7 @@ def train(
     if earlier is not None:
         kept = _with_plan_of(earlier, run)
         is_same = not folder.changed_keys(earlier, kept)
-        has_begun = (out / folder.CHECKPOINTS).is_dir()
+        has_begun = (out / folder.CHECKPOINTS).is_dir() or folder.is_finished(out)
         if not open_keys(kept) and (has_begun or (is_same and folder.read_plan(out))):
             return trainer.train(kept, emit)
     made, dataset = make_plan(run)

@@ -9,6 +9,7 @@ studio read the same sentence. Unknown keys are errors.
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,7 +19,8 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, StringConstraint
 from nibble import yamlfile
 from nibble.errors import UsageError, did_you_mean
 
-Interval = Annotated[str, StringConstraints(pattern=r"^[1-9][0-9]*(s|min|h)$")]
+INTERVAL = re.compile(r"^([1-9][0-9]*)(s|min|h)$")
+Interval = Annotated[str, StringConstraints(pattern=INTERVAL.pattern)]
 
 
 def _field(default: Any, memory: str = "", **limits: Any) -> Any:
@@ -291,3 +293,21 @@ def _explain(key: str, problems: Sequence[Any], lines: Mapping[str, int]) -> str
         return f"{where}unknown config key {key!r}" + (f": {close}" if close else "")
     rules = dict.fromkeys(problem["msg"].lower() for problem in problems)
     return f"{where}{key}: {' or '.join(rules)}, got {problems[0]['input']!r}"
+
+
+def interval_seconds(text: str, name: str) -> int:
+    """A time such as "15min" in seconds; `name` says in an error whose value it is.
+
+    >>> interval_seconds("15min", "--billing")
+    900
+
+    Raises:
+        UsageError: If it is none.
+    """
+    match = INTERVAL.fullmatch(text)
+    if match is None:
+        raise UsageError(
+            f"{name} {text!r} is no time, expected a number with s, min or h",
+            fix=f"write 15min, for example, for {name}",
+        )
+    return int(match[1]) * {"s": 1, "min": 60, "h": 3600}[match[2]]

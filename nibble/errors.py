@@ -18,7 +18,7 @@ Every message says what happened and where, what was expected, and how to fix it
 """
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 
 class NibbleError(Exception):
@@ -125,5 +125,11 @@ def did_you_mean(name: str, candidates: Iterable[str]) -> str:
     >>> did_you_mean("qlor", ["lora", "qlora"])
     'did you mean "qlora"?'
     """
-    close = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.5)
-    return f'did you mean "{close[0]}"?' if close else ""
+    close = closest(name, {candidate: candidate for candidate in candidates})
+    return f'did you mean "{close}"?' if close else ""
+
+
+def closest(name: str, candidates: Mapping[str, str]) -> str:
+    """What the spelling closest to `name` stands for, or nothing where none is close."""
+    found = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.5)
+    return candidates[found[0]] if found else ""

@@ -1,11 +1,14 @@
 """`nibble plan`: LoRA or QLoRA on a device, every byte predicted, nothing loaded."""
 
+from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from nibble.commands import progress
+from nibble.environment import quick_imports
 
 if TYPE_CHECKING:
     from nibble.plan.plan import Plan
@@ -13,6 +16,7 @@ if TYPE_CHECKING:
 BAR_WIDTH = 40
 # Parts below this share of the peak are left out of the table; --json has them.
 SMALLEST_SHARE = 0.002
+PLOT_SUFFIXES = (".png", ".svg", ".pdf")
 
 
 def plan(
@@ -25,7 +29,7 @@ def plan(
     method: Annotated[str, typer.Option(help="lora, qlora, full or auto.")] = "",
     set_: Annotated[list[str] | None, typer.Option("--set", help="section.key=value")] = None,
     price: Annotated[float | None, typer.Option(help="USD per hour of one device.")] = None,
-    billing: Annotated[str, typer.Option(help="Unit that time is charged in: 15min.")] = "1s",
+    billing: Annotated[str, typer.Option(help="Unit that time is charged in: 15min.")] = "",
     plot: Annotated[Path | None, typer.Option(help="Write the memory by part as PNG.")] = None,
     history: Annotated[bool, typer.Option(help="Show how right past plans were.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -48,13 +52,19 @@ def plan(
         parse_memory(memory)
     chosen = find_device(memory or device or "here")
 
-    from nibble.plan.plan import Charge, make_plan
-    from nibble.train.job import check_named
+    with quick_imports():
+        from nibble.plan.plan import Charge, make_plan
+        from nibble.train.job import check_named
 
     check_named(run)
-    charge = Charge(chosen.price_per_hour if price is None else price, billing)
+    if plot is not None:
+        _check_plot(plot)
+    charge = Charge(chosen.price_per_hour if price is None else price)
+    if billing:
+        charge = replace(charge, billing=billing)
     chosen = with_measured_rates(chosen)
-    made, _ = make_plan(run, chosen, charge=charge)
+    with progress.working("planning"):
+        made, _ = make_plan(run, chosen, charge=charge)
     if as_json:
         typer.echo(progress.to_json(made.to_dict()))
     else:
@@ -118,8 +128,8 @@ def _lines(plan: "Plan") -> list[tuple[str, str]]:
         lines += _data_lines(plan.data)
     if plan.runner_up is not None:
         other = plan.runner_up
-        policy = other.settings["train.recompute"]
-        lines.append(("runner-up", f"{other.method}, recompute {policy}: {other.difference}"))
+        how = f"{other.method}, {_settings(other.settings)}"
+        lines.append(("runner-up", f"{how}: {other.difference}"))
     return lines
 
 
@@ -164,16 +174,29 @@ def _span(seconds: float) -> str:
     return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
-def _draw(plan: "Plan", path: Path) -> None:
-    """The phases as bars and the parts of the peak, as a PNG."""
-    from nibble.errors import DiskError, UnavailableError
+def _check_plot(path: Path) -> None:
+    """Refuse a picture that could not be written, before anything is planned."""
+    from nibble.errors import UnavailableError, UsageError
 
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UnavailableError(
-            "--plot needs matplotlib", fix='pip install "nibble[plot]"'
-        ) from None
+    if path.suffix.lower() not in PLOT_SUFFIXES:
+        listed = ", ".join(PLOT_SUFFIXES)
+        raise UsageError(
+            f"--plot {path}: expected a name that ends in {listed}", fix="--plot plan.png"
+        )
+    if not path.parent.is_dir():
+        raise UsageError(
+            f"--plot {path}: there is no folder {path.parent}", fix="make it, or name another"
+        )
+    if find_spec("matplotlib") is None:
+        raise UnavailableError("--plot needs matplotlib", fix='pip install "nibble[plot]"')
+
+
+def _draw(plan: "Plan", path: Path) -> None:
+    """The phases as bars and the parts of the peak, as a picture."""
+    from matplotlib.figure import Figure
+
+    from nibble.errors import DiskError
+
     figure = Figure(figsize=(9, 4.5), layout="constrained")
     phases, parts = figure.subplots(1, 2)
     names = list(plan.phases)
@@ -190,8 +213,8 @@ def _draw(plan: "Plan", path: Path) -> None:
     figure.suptitle(f"{plan.model} on {plan.device}: {plan.method}")
     try:
         figure.savefig(path, dpi=120)
-    except (OSError, ValueError) as error:
-        raise DiskError(f"cannot write {path}: {error}") from None
+    except OSError as error:
+        raise DiskError(f"cannot write {path}: {error}", fix="choose another --plot") from None
 
 
 def _print_history(as_json: bool) -> None:
@@ -210,6 +233,7 @@ def _print_history(as_json: bool) -> None:
             f"predicted {progress.gigabytes(record['predicted_bytes'])}, measured "
             f"{progress.gigabytes(record['measured_bytes'])} "
             f"({record['measured_bytes'] / record['predicted_bytes'] - 1:+.1%})"
+            + ("" if record["is_comparable"] else "  not counted")
         )
     for device, ratio in summary(records).items():
         typer.echo(f"{device}: measured over predicted {ratio:.3f} in the median")

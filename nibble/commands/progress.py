@@ -1,7 +1,8 @@
 """What a person sees while a run goes on: a bar, lines for evaluations, warnings."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from rich.console import Console
@@ -61,6 +62,14 @@ class TrainingBar:
         every = max(1, self._steps // 10)
         if not self._console.is_terminal and event.step % every == 0:
             self._console.print(f"step {event.step} of {self._steps}: {numbers}")
+
+
+@contextmanager
+def working(what: str) -> Iterator[None]:
+    """Show that something goes on; nothing where stderr is no terminal."""
+    console = Console(stderr=True)
+    with console.status(what) if console.is_terminal else nullcontext():
+        yield
 
 
 def size(num_bytes: float) -> str:

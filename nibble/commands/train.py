@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from nibble.commands import progress
+from nibble.environment import quick_imports
 
 
 def train(
@@ -32,27 +33,30 @@ def train(
     }
     run = load_config(recipe, [*progress.overrides(flags, data), *(set_ or [])])
 
-    from nibble import api
-    from nibble.train import folder
+    with quick_imports():
+        from nibble import api
+        from nibble.train import folder
 
     target = folder.folder_of(run)
     if fresh:
         _refuse_content(target)
-    if folder.is_finished(target):
-        typer.echo(f"{target} is finished already; nothing to do", err=True)
+    was_finished = folder.is_finished(target)
     with progress.TrainingBar() as bar:
         result = api.train(run, bar, anyway=anyway)
+    if was_finished:
+        typer.echo(f"{target} is finished already; nothing to do", err=True)
     if as_json:
         values = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(result).items()}
         typer.echo(progress.to_json(values))
         return
-    typer.echo(f"adapter        {result.adapter}")
+    is_full = run.method == "full"
+    typer.echo(f"{'model' if is_full else 'adapter':<15}{result.adapter}")
     typer.echo(f"training loss  {result.final_loss:.4f}")
     if result.eval_loss is not None:
         typer.echo(f"held-out loss  {result.eval_loss:.4f}")
     typer.echo(f"peak memory    {progress.size(result.peak_memory_bytes)}")
     typer.echo(f"speed          {result.tokens_per_s:,.0f} tokens/s")
-    flag = "--model" if run.method == "full" else f"--model {run.model.name} --adapter"
+    flag = "--model" if is_full else f"--model {run.model.name} --adapter"
     method = " --method qlora" if _is_qlora(result.out) else ""
     typer.echo(f"try it         nibble chat {flag} {result.adapter}{method}", err=True)
 

@@ -8,6 +8,7 @@
 So a run resumes at any step with the rows it would have had, at any world size.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import accumulate
@@ -87,6 +88,10 @@ class Loader:
     @property
     def steps_per_epoch(self) -> int:
         return -(-len(self.rows) // self.batch_size)
+
+    def steps(self, epochs: float) -> int:
+        """The steps of so many epochs, a part of one rounded up to whole steps."""
+        return math.ceil(epochs * self.steps_per_epoch)
 
     def row_ids(self, step: int) -> list[int]:
         """The rows of a step over all ranks, in order; `step` counts from 0 over all epochs."""

@@ -6,14 +6,24 @@ code are dropped before transformers sees them.
 
 import json
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import hf_hub_download, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub import (
+    get_hf_file_metadata,
+    hf_hub_download,
+    hf_hub_url,
+    snapshot_download,
+)
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 
-from nibble.errors import ModelError, UnavailableError, did_you_mean
+from nibble.errors import ModelError, UnavailableError, UsageError, did_you_mean
 from nibble.model.tensors import Entry, read_entries
 
 CONFIG_FILE = "config.json"
@@ -26,33 +36,39 @@ def find_model(name: str, revision: str | None = None) -> Path:
     """The local folder of a model: the folder itself, or the hub id's in the cache.
 
     Raises:
-        ModelError: If there is no such folder and the name is no hub id.
+        UsageError: If there is no such folder and the name is no hub id.
         UnavailableError: If the hub cannot be reached and the cache does not hold the model.
     """
-    patterns = HUB_PATTERNS
-    return _find(
-        name, lambda: Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
-    )
+
+    def fetch(is_offline: bool) -> Path:
+        path = snapshot_download(
+            name, revision=revision, allow_patterns=HUB_PATTERNS, local_files_only=is_offline
+        )
+        return Path(path)
+
+    return _find(name, revision, fetch)
 
 
-def _fetch_config(name: str, revision: str | None) -> Path:
-    return Path(hf_hub_download(name, CONFIG_FILE, revision=revision)).parent
-
-
-def _find(name: str, fetch: Callable[[], Path]) -> Path:
-    """The folder of this name, or what `fetch` gets of the hub id."""
+def _find(name: str, revision: str | None, fetch: Callable[[bool], Path]) -> Path:
+    """The folder of this name, or what `fetch(is_offline)` gets of the hub id."""
     folder = Path(name).expanduser()
     if name and folder.is_dir():
         return folder
     if folder.is_file():
-        raise ModelError(f"model {name!r} is a file", fix=f"give its folder, {folder.parent}")
+        raise UsageError(f"model {name!r} is a file", fix=f"give its folder, {folder.parent}")
     if not name or name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise ModelError(f"model {name!r}: there is no such folder", fix=_neighbour(folder))
+        raise UsageError(f"model {name!r}: there is no such folder", fix=_neighbour(folder))
     try:
-        return fetch()
+        return fetch(not _is_reachable(name, revision))
     except HFValidationError:
-        raise ModelError(
+        raise UsageError(
             f"model {name!r} is neither a folder nor a hub id", fix=_neighbour(folder)
+        ) from None
+    except (RepositoryNotFoundError, RevisionNotFoundError):
+        named = name if revision is None else f"{name} at {revision}"
+        raise UsageError(
+            f"the hub has no model {named!r}, or it is private",
+            fix="check the name; for a private or gated model log in to the hub first",
         ) from None
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise UnavailableError(
@@ -62,14 +78,32 @@ def _find(name: str, fetch: Callable[[], Path]) -> Path:
         ) from None
 
 
+def _is_reachable(name: str, revision: str | None) -> bool:
+    """Whether the hub answers at once; its own client would ask six times over half a minute."""
+    try:
+        get_hf_file_metadata(hf_hub_url(name, CONFIG_FILE, revision=revision))
+    except HfHubHTTPError as error:
+        is_missing = isinstance(error, RepositoryNotFoundError | RevisionNotFoundError)
+        return is_missing or error.response.status_code < 500
+    except Exception:  # offline mode, no name service, no route, a timeout: kinds of two libraries
+        return False
+    return True
+
+
 def find_config(name: str, revision: str | None = None) -> dict[str, Any]:
     """The values of config.json of a folder or a hub id; of a hub id nothing else is fetched.
 
     Raises:
-        ModelError: If there is no such model, or its config is broken.
+        UsageError: If there is no such folder and the name is no hub id.
+        ModelError: If the config is broken.
         UnavailableError: If the hub cannot be reached and the cache does not hold the config.
     """
-    return read_config(_find(name, partial(_fetch_config, name, revision)))
+
+    def fetch(is_offline: bool) -> Path:
+        path = hf_hub_download(name, CONFIG_FILE, revision=revision, local_files_only=is_offline)
+        return Path(path).parent
+
+    return read_config(_find(name, revision, fetch))
 
 
 def read_config(folder: Path) -> dict[str, Any]:

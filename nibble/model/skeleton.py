@@ -19,6 +19,13 @@ from nibble.errors import ModelError, did_you_mean
 from nibble.model.attention import NAME, use_packed_attention
 from nibble.model.families import FAMILIES, family_of, supported_names
 
+# Above any model there is, below what overflows.
+LARGEST_SIZE = 10**7
+_SIZES = (
+    "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size",
+)  # fmt: skip
+# What every published config.json states; of the rest, some rely on transformers' defaults.
+_STATED = ("hidden_size", "num_hidden_layers")
 # Values that belong to how a checkpoint was stored, not to the architecture.
 _STORAGE_KEYS = ("quantization_config", "torch_dtype", "dtype", "attn_implementation")
 
@@ -31,7 +38,7 @@ def build_config(values: dict[str, Any]) -> PreTrainedConfig:
     """
     model_type = values["model_type"]
     if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or model_type not in CONFIG_MAPPING:
-        close = did_you_mean(model_type, [*FAMILIES, *MODEL_FOR_CAUSAL_LM_MAPPING_NAMES])
+        close = did_you_mean(model_type, FAMILIES)
         raise ModelError(
             f"unknown architecture {model_type!r}; nibble is tested with "
             f"{', '.join(supported_names())}",
@@ -42,6 +49,7 @@ def build_config(values: dict[str, Any]) -> PreTrainedConfig:
             f"{model_type!r} is not a text-only model", fix="use the text model of the family"
         )
     kept = {key: value for key, value in values.items() if key not in _STORAGE_KEYS}
+    _require_sizes(model_type, kept)
     try:
         config = CONFIG_MAPPING[model_type].from_dict(kept)
     except Exception as error:  # transformers raises many kinds for a value that does not fit
@@ -49,14 +57,25 @@ def build_config(values: dict[str, Any]) -> PreTrainedConfig:
             f"config.json does not fit {model_type!r}: {error}", fix="download config.json again"
         ) from None
     family_of(config)
-    for key in ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size"):
+    for key in _SIZES:
         count = getattr(config, key, 1)
-        if isinstance(count, int) and count < 1:
+        if isinstance(count, int) and not 1 <= count <= LARGEST_SIZE:
             raise ModelError(
-                f"config.json says {key}: {count}, expected at least 1",
+                f"config.json says {key}: {count}, expected 1 to {LARGEST_SIZE:,}",
                 fix="download config.json again",
             )
     return config
+
+
+def _require_sizes(model_type: str, values: dict[str, Any]) -> None:
+    """Refuse a config without its main sizes: transformers would put those of another model."""
+    aliases = CONFIG_MAPPING[model_type].attribute_map
+    missing = [key for key in _STATED if not {key, aliases.get(key)} & values.keys()]
+    if missing:
+        raise ModelError(
+            f"config.json lacks {', '.join(missing)}",
+            fix="download config.json again, or write what the model has",
+        )
 
 
 def build_skeleton(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
@@ -73,7 +92,10 @@ def build_skeleton(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedMo
                 config, dtype=dtype, attn_implementation=attention
             )
     except Exception as error:  # as above: shapes that do not divide, missing keys, wrong types
-        raise ModelError(f"{config.model_type!r} cannot be built: {error}") from None
+        raise ModelError(
+            f"{config.model_type!r} cannot be built from config.json: {error}",
+            fix="check its sizes; heads must divide the hidden size",
+        ) from None
     use_packed_attention(model)
     return model
 

@@ -13,17 +13,22 @@ from typing import Any
 from nibble.config import RunConfig
 from nibble.plan.budget import budget_bytes
 from nibble.plan.devices import Device
+from nibble.plan.estimate import rates_of
 from nibble.plan.forecast import Forecast, Forecaster, Option, forecaster
-from nibble.plan.rows import Rows, full_rows
+from nibble.plan.loosen import changes_that_fit
+from nibble.plan.rows import Rows
 from nibble.plan.watch import SAVED
 
 # More tokens in a forward pass bring nothing: products are at full speed.
 PASS_TOKENS = {"cuda": 8192, "cpu": 4096}
-# From the least recomputation, the fastest, to the least memory.
+# From the least recomputation, the fastest, to the most.
 POLICIES = {"cuda": ("none", "selective", "offload", "full"), "cpu": ("none", "selective", "full")}
+# Those that need the least memory; offload also needs memory of the host.
+THRIFTIEST = {"cuda": ("offload", "full"), "cpu": ("full",)}
 # Recomputing more costs at least this factor, however many rows it makes room for.
 RECOMPUTE_COSTS = 1.05
-_SHORTEST = 64
+# Times closer than this are the same to a person.
+_SAME_PACE = 0.005
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,18 @@ class Question:
         """Bytes that one device has for the run."""
         return budget_bytes(self.device)
 
+    @property
+    def is_timed(self) -> bool:
+        """Whether the rates of the device are known."""
+        return rates_of(self.device).is_known
+
+    def fits(self, forecast: Forecast) -> bool:
+        """Whether the device, and its host where that is known, have what a way to run needs."""
+        host = self.device.host_memory_bytes
+        return forecast.needed_bytes <= self.budget and (
+            host is None or forecast.host_bytes <= host
+        )
+
     def forecaster(self) -> Forecaster:
         """Forecasts of options of this run, corrected by past runs."""
         forecast = forecaster(self.run, self.values, self.rows, self.device)
@@ -73,9 +90,9 @@ def advise(question: Question) -> Choice:
     """The fastest option that fits, of the methods and settings that the run leaves open."""
     forecast = question.forecaster()
     best = {method: _best(question, forecast, method) for method in _methods(question.run)}
-    fitting = {m: f for m, f in best.items() if f.needed_bytes <= question.budget}
+    fitting = [f for f in best.values() if question.fits(f)]
     if not fitting:
-        closest = min(best.values(), key=lambda f: f.needed_bytes)
+        closest = min(_thriftiest(question, forecast), key=lambda f: f.needed_bytes)
         return Choice(
             forecast=closest,
             fits=False,
@@ -83,10 +100,10 @@ def advise(question: Question) -> Choice:
             changes=tuple(_changes(question, closest)),
         )
     # The fastest, so that more memory never makes a plan slower; at a tie LoRA, which is exact.
-    chosen = min(fitting.values(), key=lambda f: f.step_seconds)
+    chosen = min(fitting, key=lambda f: f.step_seconds)
     others = [f for m, f in best.items() if m != chosen.option.method]
     reasons = [
-        _why_method(question, chosen, best),
+        _why_method(question, chosen, others),
         *_why_settings(question, chosen, forecast),
     ]
     return Choice(chosen, True, tuple(reasons), others[0] if others else None)
@@ -97,29 +114,49 @@ def _methods(run: RunConfig) -> Sequence[str]:
 
 
 def _best(question: Question, forecast: Forecaster, method: str) -> Forecast:
-    """The fastest option of a method that fits, or else the one that needs the least."""
+    """The fastest option of a method that fits, or else one that needs little."""
     sizes, policies = _sizes(question), _policies(question)
-    smallest: list[Forecast] = []
+    least: Forecast | None = None
     for optimizer, paged in _optimizers(question):
+        # Where an optimizer of more memory did not fit, policies that keep much will not either.
+        tried = policies[-2:] if least else policies
         start = Option(method, policies[-1], sizes[0], optimizer, paged)
-        # Where the policies that keep the least did not fit, nothing else will.
-        tried = policies[-2:] if smallest else policies
+        thrifty = _thrifty_options(question, start)
+        least = forecast(thrifty[0])
+        if least.phases["load"].bytes > question.budget:
+            break  # the base alone is too large
+        if not any(question.fits(forecast(option)) for option in thrifty):
+            continue
         fitting: list[Forecast] = []
         for recompute in tried:
             found = [
                 forecast(replace(start, recompute=recompute, micro_batch_size=size))
                 for size in sizes
             ]
-            if found[0].phases["load"].bytes > question.budget:
-                return forecast(start)  # the base alone is too large
-            smallest.append(found[0])
-            fitting += [f for f in found if f.needed_bytes <= question.budget]
-            least = min(f.step_seconds for f in found)
-            if any(f.step_seconds <= RECOMPUTE_COSTS * least for f in fitting):
+            fitting += filter(question.fits, found)
+            shortest = min(f.step_seconds for f in found)
+            if any(f.step_seconds <= RECOMPUTE_COSTS * shortest for f in fitting):
                 break
-        if fitting:
-            return min(fitting, key=lambda f: (f.step_seconds, f.needed_bytes))
-    return min(smallest, key=lambda f: f.needed_bytes)
+        return min(fitting, key=lambda f: (f.step_seconds, f.needed_bytes))
+    assert least is not None
+    return least
+
+
+def _thriftiest(question: Question, forecast: Forecaster) -> Iterator[Forecast]:
+    """What needs the least memory of each method that is open."""
+    optimizer, paged = list(_optimizers(question))[-1]
+    for method in _methods(question.run):
+        start = Option(method, "full", _sizes(question)[0], optimizer, paged)
+        yield from map(forecast, _thrifty_options(question, start))
+
+
+def _thrifty_options(question: Question, start: Option) -> list[Option]:
+    """`start` with the policies that need the least memory; without a known host only the first."""
+    asked = question.run.train.recompute
+    policies = THRIFTIEST[question.device.type] if asked == "auto" else (asked,)
+    if question.device.host_memory_bytes is None:
+        policies = policies[:1]
+    return [replace(start, recompute=policy) for policy in policies]
 
 
 def _policies(question: Question) -> Sequence[str]:
@@ -128,48 +165,46 @@ def _policies(question: Question) -> Sequence[str]:
 
 
 def _sizes(question: Question) -> list[int]:
-    """Rows per forward pass, as far as more of them make products faster."""
+    """Rows per forward pass: as asked, or as far as more of them make products faster."""
+    asked = question.run.train.micro_batch_size
+    if asked != "auto":
+        return [int(asked)]
     most = PASS_TOKENS[question.device.type]
     sizes = sorted(question.rows.worst)
     return [s for s in sizes if s == sizes[0] or sum(question.rows.worst[s]) <= most]
 
 
 def _optimizers(question: Question) -> Iterator[tuple[str, bool]]:
-    """As asked; then with pages, whose arithmetic is the same; then with moments of 8 bits."""
+    """As asked; then with pages, whose arithmetic is the same, or else with moments of 8 bits."""
     optim = question.run.optim
-    is_open = optim.paged == "auto"
     yield optim.name, optim.paged is True
-    if is_open and question.device.type == "cuda":
+    if optim.paged == "auto" and question.device.type == "cuda":
         yield optim.name, True
-    if question.run.origin("optim.name") == "default":
+    elif question.run.origin("optim.name") == "default":
         yield "adamw8bit", optim.paged is True
 
 
-def _why_method(question: Question, chosen: Forecast, best: dict[str, Forecast]) -> str:
-    method = chosen.option.method
-    if question.run.method != "auto":
-        return (
-            f"{method} was asked for: it needs {_gb(chosen.needed_bytes)} of the "
-            f"{_gb(question.budget)} that the device has for it."
-        )
-    lora, qlora = best["lora"], best["qlora"]
-    if lora.needed_bytes > question.budget:
-        return (
-            f"qlora: lora needs {_gb(lora.needed_bytes)} with {_how(lora.option)} and the device "
-            f"has {_gb(question.budget)}; with the base in 4 bits the run takes "
-            f"{_gb(qlora.needed_bytes)}."
-        )
-    ratio = qlora.step_seconds / lora.step_seconds
+def _why_method(question: Question, chosen: Forecast, others: Sequence[Forecast]) -> str:
+    method, has = chosen.option.method, f"the device has {_gb(question.budget)}"
+    if not others:
+        return f"{method} was asked for: it needs {_gb(chosen.needed_bytes)}, {has}."
+    other = others[0]
+    name, how = other.option.method, _how(other.option)
+    if not question.fits(other):
+        return f"{method}: {name} needs {_gb(other.needed_bytes)} with {how}, {has}."
+    slower = f"{name} with {how} would be {pace(question, other, chosen)}"
     if method == "qlora":
-        return (
-            f"qlora: both fit, and it is {100 * (1 - ratio):.0f} % faster, since the memory that 4 "
-            f"bits save is spent on the passes ({_how(qlora.option)} instead of "
-            f"{_how(lora.option)})."
-        )
-    return (
-        f"lora: the base fits in 16 bits ({_gb(lora.needed_bytes)} of {_gb(question.budget)}) and "
-        f"stays exact; qlora would be {100 * (ratio - 1):.0f} % slower."
-    )
+        return f"qlora: the memory that 4 bits save is spent on the passes; {slower}."
+    return f"lora: the base fits in 16 bits and stays exact; {slower}."
+
+
+def pace(question: Question, other: Forecast, chosen: Forecast) -> str:
+    """How much longer a step of another way takes, in words."""
+    longer = other.step_seconds / chosen.step_seconds - 1
+    if abs(longer) < _SAME_PACE:
+        return "as fast"
+    words = f"{abs(longer):.0%} {'slower' if longer > 0 else 'faster'}"
+    return words if question.is_timed else f"{words} at the rates of a usual card"
 
 
 def _how(option: Option) -> str:
@@ -178,40 +213,43 @@ def _how(option: Option) -> str:
 
 
 def _why_settings(question: Question, chosen: Forecast, forecast: Forecaster) -> Iterator[str]:
-    option = chosen.option
-    twin_method = {"lora": "qlora", "qlora": "lora"}.get(option.method)
-    if twin_method:
-        twin = forecast(replace(option, method=twin_method))
-        low, high = sorted((chosen.peak_bytes, twin.peak_bytes))
-        saved = 100 * (1 - low / high)
-        yield f"With these settings qlora needs {saved:.0f} % less memory than lora."
-    if question.run.train.recompute == "auto":
-        yield from _why_recompute(question, option, forecast)
-    tokens = sum(question.rows.worst[option.micro_batch_size])
-    if question.run.train.micro_batch_size == "auto":
+    option, run = chosen.option, question.run
+    if option.method != "full":
+        yield _qlora_saves(option, forecast)
+    if run.train.recompute == "auto":
+        yield _why_recompute(question, chosen, forecast)
+    if run.train.micro_batch_size == "auto":
+        tokens = sum(question.rows.worst[option.micro_batch_size])
+        num_rows = min(run.train.batch_size, question.rows.num_rows)
+        rows = "1 row" if num_rows == 1 else f"{num_rows} rows"
         yield (
-            f"{option.micro_batch_size} of the {question.run.train.batch_size} rows of a step in a "
-            f"forward pass, at most {tokens:,} tokens."
+            f"{option.micro_batch_size} of the {rows} of a step in a forward pass, at most "
+            f"{tokens:,} tokens."
         )
-    if option.paged and question.run.optim.paged == "auto":
+    if option.paged and run.optim.paged == "auto":
         yield "Optimizer state is paged to host memory: without it the run would not fit."
-    if option.optimizer != question.run.optim.name:
+    if option.optimizer != run.optim.name:
         yield "Moments are kept in 8 bits: in 32 bits the run would not fit."
 
 
-def _why_recompute(question: Question, option: Option, forecast: Forecaster) -> Iterator[str]:
-    chosen = forecast(option)
+def _qlora_saves(option: Option, forecast: Forecaster) -> str:
+    lora, qlora = (forecast(replace(option, method=m)).peak_bytes for m in ("lora", "qlora"))
+    change = "less" if qlora <= lora else "more"
+    return f"With these settings qlora needs {abs(1 - qlora / lora):.0%} {change} memory than lora."
+
+
+def _why_recompute(question: Question, chosen: Forecast, forecast: Forecaster) -> str:
+    option = chosen.option
     if option.recompute == "none":
-        yield (
-            f"recompute none: activations take {_gb(_saved(chosen))}; recomputing them would make "
-            f"a step {100 * chosen.forward_share:.0f} % slower."
+        return f"recompute none: all activations fit ({_gb(_saved(chosen))})."
+    lighter = forecast(replace(option, recompute="none", micro_batch_size=_sizes(question)[0]))
+    kept = f"with {_how(lighter.option)}"
+    if question.fits(lighter):
+        return (
+            f"recompute {option.recompute}: {kept} a step would be "
+            f"{pace(question, lighter, chosen)}."
         )
-        return
-    lighter = forecast(replace(option, recompute="none"))
-    yield (
-        f"recompute {option.recompute}: with all activations kept, {_gb(_saved(lighter))} of them, "
-        f"the run would need {_gb(lighter.needed_bytes)}."
-    )
+    return f"recompute {option.recompute}: {kept} the run would need {_gb(lighter.needed_bytes)}."
 
 
 def _saved(forecast: Forecast) -> int:
@@ -219,55 +257,30 @@ def _saved(forecast: Forecast) -> int:
 
 
 def _does_not_fit(question: Question, closest: Forecast) -> str:
-    return (
-        f"nothing fits: {closest.option.method} with recompute {closest.option.recompute} and "
-        f"{closest.option.micro_batch_size} row a pass needs {_gb(closest.needed_bytes)}, the "
-        f"device has {_gb(question.budget)}."
-    )
+    needs = f"nothing fits: {closest.option.method} with {_how(closest.option)} needs"
+    if closest.needed_bytes <= question.budget:
+        has = question.device.host_memory_bytes or 0
+        return f"{needs} {_gb(closest.host_bytes)} of host memory, this machine has {_gb(has)}."
+    return f"{needs} {_gb(closest.needed_bytes)}, the device has {_gb(question.budget)}."
 
 
 def _changes(question: Question, closest: Forecast) -> Iterator[str]:
     """Three changes that would make it fit, the smallest first."""
-    found: list[str] = []
-    # Where the base alone is too large, only another base or another device would help.
-    if closest.phases["load"].bytes <= question.budget or question.run.method != "auto":
-        found = _first_that_fit(question)
-    yield from found[:2]
-    what = "memory" if question.device.type == "cpu" else "a device"
-    wanted = closest.needed_bytes + (question.device.memory_bytes - question.budget)
-    yield f"{what} with at least {-(-wanted // 2**30)} GiB"
+
+    def would_fit(run: RunConfig) -> bool:
+        asked = replace(question, run=run, rows=question.rows.cut(run.data.max_seq_len))
+        return any(map(asked.fits, _thriftiest(asked, asked.forecaster())))
+
+    is_base_too_large = closest.phases["load"].bytes > question.budget
+    found = changes_that_fit(question.run, would_fit, is_base_too_large=is_base_too_large)
+    yield from found
+    if closest.needed_bytes > question.budget:
+        what = "memory" if question.device.type == "cpu" else "a device"
+        wanted = closest.needed_bytes + (question.device.memory_bytes - question.budget)
+        yield f"{what} with at least {-(-wanted // 2**30)} GiB"
     if len(found) < 2:
         share = question.budget / closest.needed_bytes
-        yield f"a model of at most {max(0.0, share):.0%} as many weights"
-
-
-def _first_that_fit(question: Question) -> list[str]:
-    """Of each kind of change the smallest one that fits: method, shorter rows, a lower rank too."""
-    run = question.run
-    lengths = [run.data.max_seq_len >> halvings for halvings in range(1, 15)]
-    lengths = [length for length in lengths if length >= _SHORTEST]
-    kinds: list[list[dict[str, Any]]] = [[{"data.max_seq_len": length} for length in lengths]]
-    if run.method in ("lora", "full"):
-        kinds.insert(0, [{"method": "qlora"}])
-    if run.method != "full":
-        rank = max(1, run.lora.rank // 4)
-        kinds.append([{"lora.rank": rank, "data.max_seq_len": length} for length in lengths])
-    fitting = (next((c for c in kind if _would_fit(question, c)), None) for kind in kinds)
-    return [", ".join(f"{k}={v}" for k, v in changed.items()) for changed in fitting if changed]
-
-
-def _would_fit(question: Question, changed: dict[str, Any]) -> bool:
-    """Whether the run with other values fits, in the way that needs the least."""
-    run = question.run.with_values(changed, "planner")
-    rows = full_rows(run) if "data.max_seq_len" in changed else question.rows
-    asked = replace(question, run=run, rows=rows)
-    optimizer, paged = list(_optimizers(asked))[-1]
-    policies, forecast = _policies(asked), asked.forecaster()
-    options = (
-        Option(_methods(run)[-1], recompute, _sizes(asked)[0], optimizer, paged)
-        for recompute in policies[-2:]
-    )
-    return any(forecast(option).needed_bytes <= asked.budget for option in options)
+        yield f"a model of at most {share:.0%} as many weights"
 
 
 def _gb(num_bytes: float) -> str:

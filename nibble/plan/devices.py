@@ -32,7 +32,7 @@ from itertools import product
 
 import psutil
 
-from nibble.errors import UsageError, did_you_mean
+from nibble.errors import UsageError, closest
 
 MIB = 2**20
 _UNITS = {
@@ -57,6 +57,7 @@ class Device:
         price_per_hour: An example in USD per device; None if no cloud is known to rent it.
         source: Where the figures come from.
         count: Number of devices.
+        host_memory_bytes: Of the machine around it; None if unknown.
     """
 
     name: str
@@ -70,6 +71,7 @@ class Device:
     price_per_hour: float | None = None
     source: str = ""
     count: int = 1
+    host_memory_bytes: int | None = None
 
 
 # name | MiB | TFLOP/s | GB/s | host link in GB/s | capability | year | USD per hour | source
@@ -232,6 +234,8 @@ def _number_and_unit(text: str) -> tuple[str, str]:
             fix=example,
         )
     number, unit = split.groups()
+    if Decimal(number) == 0:
+        raise UsageError(f'memory "{text}" is nothing; expected an amount above zero', fix=example)
     if not unit:
         raise UsageError(f'memory "{text}" has no unit; expected one such as GiB', fix=example)
     if re.fullmatch(r"[KMGT]i?b|[KMGTkmgt]i?bits?", unit):
@@ -256,12 +260,14 @@ def _one_named(name: str) -> Device:
         raise UsageError(
             f'device "{name}" could be {" or ".join(names)}', fix=f"say which, such as {names[0]}"
         )
-    known = [device.name.lower() for device in DEVICES]
-    close = did_you_mean(name.lower(), [*known, *(word.removeprefix("rtx ") for word in known)])
+    known = {device.name.lower(): device.name for device in DEVICES}
+    short = {word.removeprefix("rtx "): full for word, full in known.items()}
+    close = closest(name.lower(), known | short)
     raise UsageError(
         f'unknown device "{name}"; expected an accelerator such as "RTX 4090" or "2x A100 80GB", '
         'an amount of memory such as "24GiB", "cpu" or "here"',
-        fix="; ".join(filter(None, [close, "--memory takes an amount, such as --memory 24GiB"])),
+        fix=(f'did you mean "{close}"? ' if close else "")
+        + "--memory takes an amount, such as --memory 24GiB",
     )
 
 
@@ -313,15 +319,21 @@ def _this_machine() -> Device:
     memory = torch.cuda.mem_get_info(0)[1]
     count = names.count(names[0])
     alike = _of_memory(_named(names[0]), memory)
-    if len(alike) == 1:
-        return replace(alike[0], memory_bytes=memory, count=count)
     major, minor = torch.cuda.get_device_capability(0)
-    return replace(_unknown_gpu(names[0], memory, count), capability=f"{major}.{minor}")
+    unknown = replace(_unknown_gpu(names[0], memory, count), capability=f"{major}.{minor}")
+    return replace(
+        alike[0] if len(alike) == 1 else unknown,
+        memory_bytes=memory,
+        count=count,
+        host_memory_bytes=psutil.virtual_memory().total,
+    )
 
 
 def _cpu() -> Device:
     memory = psutil.virtual_memory().total
-    return Device("CPU", "cpu", memory, 0.0, 0.0, 0.0, source="this machine")
+    return Device(
+        "CPU", "cpu", memory, 0.0, 0.0, 0.0, source="this machine", host_memory_bytes=memory
+    )
 
 
 def _unknown_gpu(name: str, memory_bytes: int, count: int) -> Device:

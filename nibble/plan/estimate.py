@@ -6,11 +6,10 @@ The sum over a pass, or the time that Python needs to launch its kernels, whiche
 """
 
 import math
-import re
 from collections import Counter
 from dataclasses import dataclass
 
-from nibble.errors import UsageError
+from nibble.config import interval_seconds
 from nibble.plan.devices import Device
 from nibble.plan.tracker import Operation
 
@@ -67,7 +66,7 @@ def _seconds(operation: Operation, rates: Rates, scale: float) -> float:
     return max(scale * operation.flops / (efficiency * rates.flops), operation.bytes / copy_rate)
 
 
-def cost(seconds: float, price_per_hour: float, billing: str = "1s") -> float:
+def cost(seconds: float, price_per_hour: float, billing: str) -> float:
     """What a run costs when time is charged in whole units of `billing`, such as "15min".
 
     >>> cost(3601, 2.0, "1h")
@@ -76,20 +75,5 @@ def cost(seconds: float, price_per_hour: float, billing: str = "1s") -> float:
     Raises:
         UsageError: If `billing` is no time.
     """
-    unit = billing_seconds(billing)
+    unit = interval_seconds(billing, "--billing")
     return math.ceil(seconds / unit) * unit / 3600 * price_per_hour
-
-
-def billing_seconds(billing: str) -> int:
-    """A unit of time such as "15min" in seconds.
-
-    Raises:
-        UsageError: If it is none.
-    """
-    match = re.fullmatch(r"([1-9][0-9]*)(s|min|h)", billing)
-    if match is None:
-        raise UsageError(
-            f"--billing {billing!r} is no time, expected a number with s, min or h",
-            fix="write for example --billing 15min",
-        )
-    return int(match[1]) * {"s": 1, "min": 60, "h": 3600}[match[2]]

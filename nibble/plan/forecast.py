@@ -23,6 +23,8 @@ from nibble.plan.watch import SAVED, WORKING
 
 # Below so many layers other moments are the highest than with many; offload keeps two inputs here.
 FEWEST_LAYERS = {"none": 2, "selective": 2, "full": 2, "offload": 3}
+LIBRARIES = "workspace of libraries"
+CORRECTION = "learned correction"
 # Phases whose transient parts grow with the rows of a forward pass.
 _PASS = ("forward", "backward")
 
@@ -53,9 +55,9 @@ class Forecast:
     """What an option needs.
 
     Args:
-        phases: Peak tensor bytes of each phase.
-        peak_bytes: The highest of them with the workspace of libraries.
-        needed_bytes: The same with the margin for fragmentation.
+        phases: Peak bytes of each phase: tensors, the workspace of libraries, and what past runs
+            took above or below that.
+        needed_bytes: The highest of them with the margin for fragmentation.
         host_bytes: Host memory of pages and of inputs of layers.
         paged_bytes: The pages alone.
         step_seconds: An optimizer step of average rows; relative where rates are unknown.
@@ -66,7 +68,6 @@ class Forecast:
 
     option: Option
     phases: dict[str, Peak]
-    peak_bytes: int
     needed_bytes: int
     host_bytes: int
     paged_bytes: int
@@ -80,12 +81,21 @@ class Forecast:
         """The highest phase of training."""
         return highest(self.phases)
 
+    @property
+    def peak_bytes(self) -> int:
+        """Bytes of the highest phase of training."""
+        return self.peak.bytes
+
     def corrected(self, factor: float) -> "Forecast":
-        """The same with `factor` times the peak."""
-        peak_bytes, needed_bytes = (
-            round(factor * size) for size in (self.peak_bytes, self.needed_bytes)
+        """The same with `factor` times the memory."""
+        return replace(
+            self,
+            phases={
+                name: peak.plus(CORRECTION, round((factor - 1) * peak.bytes))
+                for name, peak in self.phases.items()
+            },
+            needed_bytes=round(factor * self.needed_bytes),
         )
-        return replace(self, peak_bytes=peak_bytes, needed_bytes=needed_bytes)
 
 
 Forecaster = Callable[[Option], Forecast]
@@ -96,6 +106,8 @@ def forecaster(run: RunConfig, values: dict[str, Any], rows: Rows, device: Devic
     total = _num_layers(values)
     rates = rates_of(device)
     whole = exact_forecast(run, values, rows, device)
+    set_size = run.train.micro_batch_size
+    fewest = 1 if set_size == "auto" else int(set_size)
 
     @cache
     def simulated(option: Option, num_layers: int) -> Simulation:
@@ -106,10 +118,10 @@ def forecaster(run: RunConfig, values: dict[str, Any], rows: Rows, device: Devic
         lengths = _short_lengths(values, FEWEST_LAYERS[option.recompute])
         if lengths[1] >= total:
             return whole(option)
-        single = replace(option, micro_batch_size=min(rows.worst))
+        single = replace(option, micro_batch_size=fewest)
         first, second = (simulated(single, length) for length in lengths)
         long = _extended(first, second, (total - lengths[0]) / (lengths[1] - lengths[0]))
-        scale = sum(rows.worst[option.micro_batch_size]) / sum(rows.worst[min(rows.worst)])
+        scale = sum(rows.worst[option.micro_batch_size]) / sum(rows.worst[fewest])
         return _forecast(run, rows, option, _scaled(long, scale), (device, rates))
 
     return forecast
@@ -146,13 +158,13 @@ def _forecast(
     on: tuple[Device, Rates],
 ) -> Forecast:
     device, rates = on
-    peak = simulation.peak
-    peak_bytes = peak.bytes + workspace_bytes(device)
+    workspace = workspace_bytes(device)
+    phases = {name: peak.plus(LIBRARIES, workspace) for name, peak in simulation.phases.items()}
+    peak = highest(phases)
     return Forecast(
         option=option,
-        phases=simulation.phases,
-        peak_bytes=peak_bytes,
-        needed_bytes=peak_bytes + margin_bytes(peak),
+        phases=phases,
+        needed_bytes=peak.bytes + margin_bytes(peak),
         host_bytes=simulation.paged_bytes + simulation.offloaded_bytes,
         paged_bytes=simulation.paged_bytes,
         step_seconds=_step_seconds(run, rows, option, simulation, rates),
@@ -165,11 +177,10 @@ def _forecast(
 def _step_seconds(
     run: RunConfig, rows: Rows, option: Option, simulation: Simulation, rates: Rates
 ) -> float:
-    """Forward and backward for every row of the batch, and one move of the optimizer."""
-    counted_tokens = sum(rows.worst[option.micro_batch_size])
-    num_rows = min(option.micro_batch_size, run.train.batch_size)
-    scale = num_rows * rows.mean_row_tokens / counted_tokens
-    num_passes = -(-run.train.batch_size // option.micro_batch_size)
+    """Forward and backward for every row of an average step, and one move of the optimizer."""
+    num_passes = rows.passes_per_step(run.train.batch_size, option.micro_batch_size)
+    num_tokens = rows.rows_per_step(run.train.batch_size) * rows.mean_row_tokens
+    scale = num_tokens / num_passes / sum(rows.worst[option.micro_batch_size])
     work: Counter[Operation] = sum((simulation.work[phase] for phase in _PASS), Counter())
     one_pass = work_seconds(work, rates, scale=scale)
     # Inputs of layers travel beside the computation, pages after it; both there and back.

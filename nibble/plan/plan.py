@@ -9,11 +9,10 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from nibble.config import RunConfig
+from nibble.config import RunConfig, interval_seconds
 from nibble.data.dataset import Dataset, build_dataset
 from nibble.errors import (
     DoesNotFitError,
-    ModelError,
     UnavailableError,
     UsageError,
     did_you_mean,
@@ -22,10 +21,11 @@ from nibble.model.families import family_of
 from nibble.model.files import find_config
 from nibble.model.load import load_tokenizer
 from nibble.model.skeleton import build_config
-from nibble.plan.advise import Choice, Question, advise
+from nibble.plan.advise import Choice, Question, advise, pace
+from nibble.plan.budget import CONTEXT_BYTES
 from nibble.plan.devices import Device, find_device
-from nibble.plan.estimate import billing_seconds, cost, rates_of
-from nibble.plan.forecast import Forecast
+from nibble.plan.estimate import cost
+from nibble.plan.forecast import CORRECTION, Forecast
 from nibble.plan.presets import preset_config, preset_names, preset_short_names
 from nibble.plan.rows import Rows, full_rows, rows_of
 from nibble.plan.tracker import MOST_EXPERTS
@@ -130,7 +130,7 @@ class Charge:
     billing: str = "1s"
 
     def __post_init__(self) -> None:
-        billing_seconds(self.billing)
+        interval_seconds(self.billing, "--billing")
         price = self.price_per_hour
         if price is not None and not (math.isfinite(price) and price >= 0):
             raise UsageError(f"a price of {price} is none", fix="give USD per hour, such as 2.31")
@@ -147,8 +147,8 @@ def make_plan(
         charge: Prices; None takes the example price of the device.
 
     Raises:
-        ModelError: If the model is unknown.
-        UsageError: If the device is unknown.
+        UsageError: If the model or the device is unknown.
+        ModelError: If the model's config is broken.
         DataError: If the data cannot be used.
     """
     device = _available(find_device(device) if isinstance(device, str) else device)
@@ -189,7 +189,9 @@ def model_values(run: RunConfig) -> dict[str, Any]:
     """config.json of the model: of its folder, of a preset, or of the hub.
 
     Raises:
-        ModelError: If there is no such model.
+        UsageError: If there is no such model.
+        ModelError: If its config is broken.
+        UnavailableError: If the hub cannot be reached.
     """
     name = run.model.name
     if not Path(name).expanduser().is_dir():
@@ -198,21 +200,29 @@ def model_values(run: RunConfig) -> dict[str, Any]:
             return known
         close = did_you_mean(name, preset_short_names())
         if close and "/" not in name:
-            raise ModelError(f"model {name!r} is no folder and no preset", fix=close)
+            raise UsageError(f"model {name!r} is no folder and no preset", fix=close)
     try:
         return find_config(name, run.model.revision)
-    except (ModelError, UnavailableError) as error:
+    except (UsageError, UnavailableError) as error:
         close = did_you_mean(name, [*preset_names(), *preset_short_names()])
         raise type(error)(error.what, fix=close or error.fix) from None
 
 
 def _available(device: Device) -> Device:
-    """The device with what is free of its memory, where it is the CPU of this machine."""
-    if device.type != "cpu":
+    """The device with what is free of its memory and its host's, where it is in this machine."""
+    if device.host_memory_bytes is None:
         return device
     import torch
 
-    return replace(device, memory_bytes=available_bytes(torch.device("cpu")))
+    free = available_bytes(torch.device(device.type))
+    return replace(
+        device,
+        # What this process holds on the device already is part of the budget.
+        memory_bytes=free
+        if device.type == "cpu"
+        else min(device.memory_bytes, free + CONTEXT_BYTES),
+        host_memory_bytes=available_bytes(torch.device("cpu")),
+    )
 
 
 def _read_data(run: RunConfig) -> Dataset | None:
@@ -224,8 +234,7 @@ def _read_data(run: RunConfig) -> Dataset | None:
 
 def _plan(question: Question, choice: Choice, charge: Charge) -> Plan:
     device, rows, forecast = question.device, question.rows, choice.forecast
-    is_timed = rates_of(device).is_known
-    step_seconds = forecast.step_seconds if is_timed else None
+    step_seconds = forecast.step_seconds if question.is_timed else None
     total = step_seconds * rows.num_steps if step_seconds and rows.num_steps else None
     price = charge.price_per_hour
     return Plan(
@@ -234,7 +243,7 @@ def _plan(question: Question, choice: Choice, charge: Charge) -> Plan:
         method=forecast.option.method,
         fits=choice.fits,
         peak_memory_bytes=forecast.peak_bytes,
-        uncorrected_peak_memory_bytes=round(forecast.peak_bytes / question.correction),
+        uncorrected_peak_memory_bytes=forecast.peak_bytes - forecast.peak.parts[CORRECTION],
         needed_bytes=forecast.needed_bytes,
         budget_bytes=question.budget,
         phases={name: peak.bytes for name, peak in forecast.phases.items()},
@@ -248,26 +257,24 @@ def _plan(question: Question, choice: Choice, charge: Charge) -> Plan:
         num_trainable=forecast.num_trainable,
         num_total=forecast.num_total,
         reasons=list(choice.reasons),
-        runner_up=_runner_up(choice, question.budget, is_timed) if choice.runner_up else None,
+        runner_up=_runner_up(question, choice.forecast, choice.runner_up)
+        if choice.runner_up
+        else None,
         changes=list(choice.changes),
     )
 
 
-def _runner_up(choice: Choice, budget: int, is_timed: bool) -> RunnerUp:
-    chosen, other = choice.forecast, choice.runner_up
-    assert other is not None
+def _runner_up(question: Question, chosen: Forecast, other: Forecast) -> RunnerUp:
     bytes_more = other.peak_bytes - chosen.peak_bytes
-    slower = other.step_seconds / chosen.step_seconds - 1
     memory = f"{abs(bytes_more) / 1e9:.1f} GB {'more' if bytes_more > 0 else 'less'} memory"
-    pace = f"{abs(slower):.0%} {'slower' if slower > 0 else 'faster'}"
-    fits = other.needed_bytes <= budget
+    fits = question.fits(other)
     return RunnerUp(
         method=other.option.method,
         settings=other.option.settings(),
         fits=fits,
         peak_memory_bytes=other.peak_bytes,
-        step_seconds=other.step_seconds if is_timed else None,
-        difference=f"{memory}, {pace}" + ("" if fits else "; it does not fit"),
+        step_seconds=other.step_seconds if question.is_timed else None,
+        difference=f"{memory}, {pace(question, other, chosen) if fits else 'it does not fit'}",
     )
 
 

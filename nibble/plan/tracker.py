@@ -63,6 +63,10 @@ class Peak:
     bytes: int = 0
     parts: dict[str, int] = field(default_factory=dict)
 
+    def plus(self, part: str, num_bytes: int) -> "Peak":
+        """The same with one part more."""
+        return Peak(self.bytes + num_bytes, {**self.parts, part: num_bytes})
+
 
 class MemoryTracker(TorchDispatchMode):
     """Within the block, every storage that an operation gives is followed.

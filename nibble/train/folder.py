@@ -148,7 +148,7 @@ def _check_content(folder: Path, run: RunConfig) -> None:
         )
     changed = changed_keys(old, run) if old is not None else {}
     # Before its first checkpoint a run has nothing to lose: a wrong path can be corrected.
-    if changed and CHECKPOINTS in names:
+    if changed and (CHECKPOINTS in names or is_finished(folder)):
         listed = ", ".join(f"{key}: {a!r} -> {b!r}" for key, (a, b) in list(changed.items())[:5])
         raise FolderInUseError(
             f"{folder} holds a run with another config ({listed})",

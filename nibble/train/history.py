@@ -24,8 +24,15 @@ def history_file() -> Path:
     return (Path(root) if root else Path.home() / ".cache") / "nibble" / FILE_NAME
 
 
-def record(device: str, method: str, model: str, *, predicted: int, measured: int) -> None:
-    """Remember a finished run that was large enough; a cache that takes nothing is passed over."""
+def record(
+    device: str, method: str, model: str, *, predicted: int, measured: int, is_comparable: bool
+) -> None:
+    """Remember a finished run that was large enough; a cache that takes nothing is passed over.
+
+    Args:
+        is_comparable: Whether the run went as planned, from start to end, and what was measured is
+            what plans count: later plans are corrected by such runs alone.
+    """
     if predicted < SMALLEST_BYTES:
         return
     values = {
@@ -34,6 +41,7 @@ def record(device: str, method: str, model: str, *, predicted: int, measured: in
         "model": model,
         "predicted_bytes": predicted,
         "measured_bytes": measured,
+        "is_comparable": is_comparable,
     }
     try:
         path = history_file()
@@ -54,9 +62,11 @@ def read_history() -> list[dict[str, Any]]:
 
 
 def summary(records: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Per device the median of measured over predicted, where there are enough runs."""
+    """Per device the median of measured over predicted, where enough runs are comparable."""
     ratios: dict[str, list[float]] = {}
     for entry in records:
+        if not entry["is_comparable"]:
+            continue
         ratio = entry["measured_bytes"] / entry["predicted_bytes"]
         ratios.setdefault(entry["device"], []).append(ratio)
     return {
@@ -71,6 +81,7 @@ def _parsed(line: str) -> dict[str, Any] | None:
         entry = json.loads(line)
         is_whole = all(entry[key] > 0 for key in ("predicted_bytes", "measured_bytes"))
         is_named = all(isinstance(entry[key], str) for key in ("device", "method", "model"))
+        is_named = is_named and isinstance(entry["is_comparable"], bool)
     except (ValueError, KeyError, TypeError):
         return None
     return entry if is_whole and is_named else None

@@ -1,6 +1,5 @@
 """The parts of a run, built from its config."""
 
-import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,7 +73,7 @@ def build_job(run: RunConfig, out: Path, emit: Emit, dataset: Dataset | None = N
             seconds=seconds,
         )
     )
-    steps = run.train.steps or math.ceil(run.train.epochs * loader.steps_per_epoch)
+    steps = run.train.steps or loader.steps(run.train.epochs)
     return Job(
         run=run,
         out=out,

@@ -1,7 +1,5 @@
 """Summed cross-entropy of a batch and the number of its target tokens."""
 
-from contextlib import nullcontext
-
 import torch
 from torch import Tensor, nn
 
@@ -51,8 +49,9 @@ def _head_inputs(
     model: nn.Module, batch: Batch, autocast: torch.dtype | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     device_type = batch.input_ids.device.type
-    context = torch.autocast(device_type, autocast) if autocast else nullcontext()
-    with context:
+    # Each weight is used once, so that autocast's cache would only hold a second copy of them all.
+    is_wider = autocast is not None
+    with torch.autocast(device_type, autocast, enabled=is_wider, cache_enabled=False):
         hidden_TD = hidden_states(model, batch)
     dtype = autocast or hidden_TD.dtype
     return hidden_TD.to(dtype), head_of(model).weight.to(dtype), next_labels(batch.labels)

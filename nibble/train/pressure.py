@@ -2,10 +2,12 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 import torch
 
+from nibble.config import RunConfig
 from nibble.data.loader import Loader, rows_to_batch
 from nibble.errors import OutOfMemoryError
 from nibble.events import Emit, WarningRaised
@@ -23,7 +25,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 @contextmanager
-def out_of_memory_named(plan: Mapping[str, Any]) -> Iterator[None]:
+def out_of_memory_named(run: RunConfig, plan: Mapping[str, Any]) -> Iterator[None]:
     """Within the block, torch's error becomes ours, with what was planned and the ways out."""
     try:
         yield
@@ -34,11 +36,26 @@ def out_of_memory_named(plan: Mapping[str, Any]) -> Iterator[None]:
         parts = plan.get("parts", {}).items()
         table = "".join(f"\n    {size / 1e9:8.2f} GB  {part}" for part, size in parts)
         planned = f"\n  the plan had:{table}" if table else ""
+        ways = "; or ".join(islice(_ways_out(run), 3))
         raise OutOfMemoryError(
             f"the device ran out of memory: {reason}{planned}",
-            fix="lower data.max_seq_len; or set train.recompute=full; or use method=qlora with "
-            "optim.paged=true",
+            fix=f"{ways}. Once it has saved a checkpoint, a changed run needs another --out",
         ) from None
+
+
+def _ways_out(run: RunConfig) -> Iterator[str]:
+    """What would need less memory and is not set yet, the greatest help first."""
+    if run.method != "qlora":
+        yield "set method=qlora"
+    if run.train.recompute in ("none", "selective"):
+        yield "set train.recompute=full"
+    yield f"lower data.max_seq_len, which is {run.data.max_seq_len}"
+    if run.optim.paged is not True and torch.cuda.is_available():
+        yield "set optim.paged=true"
+    if run.method != "full" and run.lora.rank > 1:
+        yield f"lower lora.rank, which is {run.lora.rank}"
+    yield "free memory that other programs hold"
+    yield "take a smaller model"
 
 
 def step_within_memory(

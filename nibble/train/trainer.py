@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.utils.logging import disable_progress_bar
 
 from nibble.adapter.format import write_adapter
-from nibble.config import RunConfig
+from nibble.config import RunConfig, interval_seconds
 from nibble.data.dataset import Dataset
 from nibble.data.loader import eval_batches
 from nibble.errors import RunInterrupted, StoppedError, UsageError
@@ -97,16 +98,19 @@ def train(
 
         try:
             predicted = folder.record_plan(out, plan)
-            if predicted.get("peak_memory_bytes", 0) > HEAP_SHARE * predicted.get(
-                "budget_bytes", 0
-            ):
-                keep_heap_dense()
-            with out_of_memory_named(predicted), StopSignal() as stop:
+            budget = predicted.get("budget_bytes", 0)
+            is_short = predicted.get("peak_memory_bytes", 0) > HEAP_SHARE * budget
+            is_dense = is_short and keep_heap_dense()
+            with out_of_memory_named(run, predicted), StopSignal() as stop:
                 emit_all(PlanMade(_planned(run), list(predicted.get("reasons", ()))))
                 job = build_job(run, out, emit_all, dataset)
                 state = _restore(job, emit_all)
+                is_whole = state.step == 0
                 _fit(job, state, stop, emit_all)
                 _finish(job, state, emit_all)
+            if predicted:
+                has_no_holes = is_dense or job.device.type == "cuda"
+                _remember(job, predicted, is_comparable=is_whole and has_no_holes)
         finally:
             log.close()
         return _result_of(out)
@@ -189,25 +193,29 @@ def _fit(job: Job, state: TrainState, stop: StopSignal, emit: Emit) -> None:
 def _finish(job: Job, state: TrainState, emit: Emit) -> None:
     last = _evaluate(job, state.step, emit)
     adapter = _write_result(job, state, last)
-    peak, plan = job.peak.bytes(), folder.read_plan(job.out)
-    if plan:
-        history.record(
-            plan["device"],
-            job.run.method,
-            job.run.model.name,
-            predicted=plan["uncorrected_peak_memory_bytes"],
-            measured=peak,
-        )
     emit(
         RunEnd(
             reason=folder.FINISHED,
             seconds=state.seconds,
             tokens=state.tokens,
-            peak_memory_bytes=peak,
-            predicted_peak_memory_bytes=plan.get("peak_memory_bytes"),
+            peak_memory_bytes=job.peak.bytes(),
+            predicted_peak_memory_bytes=folder.read_plan(job.out).get("peak_memory_bytes"),
             adapter=str(adapter),
             adapter_bytes=sum(p.stat().st_size for p in adapter.glob("*.safetensors")),
         )
+    )
+
+
+def _remember(job: Job, plan: Mapping[str, Any], *, is_comparable: bool) -> None:
+    """What was planned and what it took, for the plans of later runs; halved passes took less."""
+    as_planned = job.loader.micro_batch_size == int(job.run.train.micro_batch_size)
+    history.record(
+        plan["device"],
+        job.run.method,
+        job.run.model.name,
+        predicted=plan["uncorrected_peak_memory_bytes"],
+        measured=job.peak.bytes(),
+        is_comparable=is_comparable and as_planned,
     )
 
 
@@ -217,6 +225,7 @@ def _write_result(job: Job, state: TrainState, last: EvalEnd | None) -> Path:
         target = job.out / "model"
         # The last checkpoint stands: what it holds need not stay beside the copy in 16 bits.
         job.optimizer.release()
+        disable_progress_bar()
         job.model.to(torch.bfloat16).save_pretrained(target)
         job.tokenizer.save_pretrained(target)
         return target
@@ -302,5 +311,4 @@ def _is_due(every: int | None, step: int) -> bool:
 def _must_save(every: int | str, step: int, saved_at: float) -> bool:
     if isinstance(every, int):
         return step % every == 0
-    number, unit = every.rstrip("smhin"), every.lstrip("0123456789")
-    return time.monotonic() - saved_at >= int(number) * {"s": 1, "min": 60, "h": 3600}[unit]
+    return time.monotonic() - saved_at >= interval_seconds(every, "train.save_every")

@@ -106,7 +106,7 @@ def _broken(tmp_path, model, data):
     return {
         "no model": (["--data", str(data)], 2, "model.name is not set"),
         "no data": (["--model", model, *out], 2, "data.train is not set"),
-        "no such folder": (["--model", "./none", "--data", str(data)], 65, "no such folder"),
+        "no such folder": (["--model", "./none", "--data", str(data)], 2, "no such folder"),
         "hub id offline": (["--model", "meta-llama/none", "--data", str(data)], 69, "cache"),
         "unknown key": ([*run, "--set", "lora.rnk=1"], 2, 'did you mean "lora.rank"'),
         "out of range": ([*run, "--set", "lora.rank=0"], 2, "greater than or equal to 1"),

@@ -141,11 +141,24 @@ class TestForPeople:
         assert content.startswith(b"\x89PNG\r\n\x1a\n")
         assert len(content) > 5000
 
-    def test_a_plot_that_cannot_be_written_is_named(self, tiny_model_folder, tmp_path):
-        words = ["--model", str(tiny_model_folder("llama")), "--device", "T4", *DECIDED]
-        code, _, err = call(*words, "--plot", str(tmp_path / "none" / "plan.png"))
-        assert code == 74
-        assert "cannot write" in err
+    @pytest.mark.parametrize(
+        ("name", "message"),
+        [
+            ("none/plan.png", "there is no folder"),
+            ("plan.doc", "ends in .png"),
+            ("plan", "ends in"),
+        ],
+    )
+    def test_a_plot_that_cannot_be_written_is_refused_at_once(
+        self, tmp_path, monkeypatch, name, message
+    ):
+        monkeypatch.setattr("nibble.plan.plan.make_plan", lambda *a, **k: pytest.fail("planned"))
+        code, text, err = call(
+            "--model", "llama-2-7b", "--device", "T4", "--plot", str(tmp_path / name)
+        )
+        assert (code, text) == (2, "")
+        assert message in err
+        assert "fix:" in err
 
     def test_what_does_not_fit_has_its_ways_out(self, tiny_model_folder):
         words = ["--model", str(tiny_model_folder("llama")), "--memory", "513MiB", *DECIDED]
@@ -159,17 +172,17 @@ class TestRefused:
     @pytest.mark.parametrize(
         ("words", "codes", "messages"),
         [
-            ((*PRESET, "--device", "RTX 4900"), {2}, ('did you mean "rtx 4090"', "RTX 4900")),
+            ((*PRESET, "--device", "RTX 4900"), {2}, ('did you mean "RTX 4090"', "RTX 4900")),
             ((*PRESET, "--memory", "24"), {2}, ("has no unit", "24GiB")),
             ((*PRESET, "--memory", "L4"), {2}, ("not an amount",)),
             ((*PRESET, "--device", "L4", "--memory", "24GiB"), {2}, ("exclude each other",)),
             (("--memory", "24GiB"), {2}, ("model.name is not set",)),
             (
                 ("--model", "llama-3.2-1c", "--memory", "24GiB"),
-                {65, 69},
+                {2},
                 ('did you mean "llama-3.2-1b"',),
             ),
-            (("--model", "./none", "--memory", "24GiB"), {65}, ("no such folder",)),
+            (("--model", "./none", "--memory", "24GiB"), {2}, ("no such folder",)),
         ],
     )
     def test_with_the_reason_and_a_way_out(self, words, codes, messages):
@@ -198,9 +211,20 @@ class TestHistory:
             "summary": {},
         }
 
+    def test_runs_that_are_not_comparable_are_named(self):
+        record("T4", "lora", "m", predicted=10 * GB, measured=GB, is_comparable=False)
+        assert call("--history")[1].endswith("(-90.0%)  not counted\n")
+
     def test_runs_and_how_right_their_plans_were(self):
         for measured in (9, 11, 12):
-            record("T4", "qlora", "llama-3.2-1b", predicted=10 * GB, measured=measured * GB)
+            record(
+                "T4",
+                "qlora",
+                "llama-3.2-1b",
+                predicted=10 * GB,
+                measured=measured * GB,
+                is_comparable=True,
+            )
         code, text, _ = call("--history")
         lines = text.splitlines()
         assert (code, len(lines)) == (0, 4)

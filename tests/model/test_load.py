@@ -337,17 +337,17 @@ def test_unknown_architecture_suggests_one(folder):
 @pytest.mark.parametrize("name", ["/no/such/folder", "./modle", "a/b/c", "", "two words/model"])
 def test_no_such_folder(name, folder, monkeypatch):
     monkeypatch.chdir(folder.parent)
-    with pytest.raises(ModelError, match=r"no such folder|neither a folder nor a hub id"):
+    with pytest.raises(UsageError, match=r"no such folder|neither a folder nor a hub id"):
         load_base(name)
 
 
 def test_a_neighbour_is_suggested(folder):
-    with pytest.raises(ModelError, match='did you mean "model"'):
+    with pytest.raises(UsageError, match='did you mean "model"'):
         load_base(str(folder.parent / "modle"))
 
 
 def test_a_file_is_no_folder(folder):
-    with pytest.raises(ModelError, match="is a file"):
+    with pytest.raises(UsageError, match="is a file"):
         load_base(str(folder / WEIGHTS))
 
 

@@ -129,3 +129,57 @@ def test_given_settings_are_kept():
     assert choice.forecast.option.recompute == "selective"
     assert choice.runner_up is None
     assert choice.reasons[0].startswith("lora was asked for")
+
+
+def test_a_pass_of_the_users_that_is_too_large_is_given_back_to_the_planner():
+    one_row = advise(question(train__recompute="none", train__batch_size=64, method="lora"))
+    asked = question(
+        one_row.forecast.needed_bytes + CONTEXT_BYTES,
+        train__recompute="none", train__batch_size=64, train__micro_batch_size=64, method="lora",
+    )  # fmt: skip
+    choice = advise(asked)
+    assert not choice.fits
+    assert choice.forecast.option.micro_batch_size == 64
+    assert "64 rows a pass" in choice.reasons[0]
+    assert choice.changes[0] == "train.micro_batch_size=auto"
+
+
+def test_host_memory_is_part_of_what_has_to_fit():
+    asked = question(method="lora", train__recompute="offload", train__micro_batch_size=1)
+    needed = advise(asked).forecast.host_bytes
+    assert needed > 0
+
+    def with_host(num_bytes):
+        return advise(replace(asked, device=replace(asked.device, host_memory_bytes=num_bytes)))
+
+    assert with_host(needed).fits
+    short = with_host(needed - 1)
+    assert not short.fits
+    assert "of host memory, this machine has" in short.reasons[0]
+    assert not any("a device" in change for change in short.changes)
+
+
+def test_the_device_that_is_named_would_do():
+    asked = question(560 * 10**6, data__max_seq_len=4096)
+    choice = advise(asked)
+    assert not choice.fits
+    [named] = [change for change in choice.changes if "a device" in change]
+    gibibytes = int(named.split()[-2])
+    larger = replace(asked.device, memory_bytes=gibibytes * 2**30)
+    assert advise(replace(asked, device=larger)).fits
+
+
+def test_rates_that_are_assumed_are_named():
+    known = replace(question(), device=replace(find_device("RTX 4090"), memory_bytes=10**11))
+    unknown = advise(question(train__micro_batch_size=1, train__batch_size=1))
+    said = [sentence for sentence in unknown.reasons if "slower" in sentence]
+    assert said
+    assert all("at the rates of a usual card" in sentence for sentence in said)
+    assert not any("of a usual card" in sentence for sentence in advise(known).reasons)
+
+
+def test_a_step_of_few_rows_takes_less():
+    run = question(train__batch_size=16)
+    few = replace(run, rows=replace(run.rows, num_rows=2, worst={1: (2048,), 2: (2048,) * 2}))
+    assert advise(few).forecast.step_seconds < advise(run).forecast.step_seconds / 4
+    assert any(" of the 2 rows" in reason for reason in advise(few).reasons)

@@ -132,7 +132,7 @@ class TestFindDevice:
         assert "--memory takes an amount" in caught.value.fix
 
     def test_a_slip_is_answered_with_a_question(self):
-        with pytest.raises(UsageError, match='did you mean "4090"'):
+        with pytest.raises(UsageError, match='did you mean "RTX 4090"'):
             find_device("4091")
         with pytest.raises(UsageError, match='did you mean "rtx 3090"'):
             find_device("RXT 3090")
@@ -160,6 +160,8 @@ class TestFindDevice:
             ("24Gb", "in bits"),
             ("-3GiB", "not an amount"),
             ("24GBX", "unknown unit"),
+            ("0", "is nothing"),
+            ("0GiB", "is nothing"),
             ("0x 4090", "count is 0"),
             ("2x", "count goes with"),
             ("2x cpu", "count goes with"),
@@ -191,8 +193,10 @@ class TestHere:
 
     def test_a_known_card_has_the_rates_of_the_table_and_its_own_memory(self, monkeypatch):
         _pretend(monkeypatch, ["NVIDIA GeForce RTX 4090"] * 2, 24_217 * 2**20)
+        found = find_device("here")
         expected = replace(find_device("4090"), memory_bytes=24_217 * 2**20, count=2)
-        assert find_device("here") == expected
+        assert replace(found, host_memory_bytes=None) == expected
+        assert found.host_memory_bytes == psutil.virtual_memory().total
 
     def test_memory_tells_cards_of_one_name_apart(self, monkeypatch):
         _pretend(monkeypatch, ["NVIDIA GeForce RTX 4060 Ti"], 15_966 * 2**20)
@@ -268,7 +272,7 @@ class TestParseMemory:
             ("9" * 5000 + "GiB", "not an amount"),
             ("GiB", "not an amount"),
             ("", "not an amount"),
-            ("0GiB", "less than one byte"),
+            ("0GiB", "is nothing"),
             ("0.0001KB", "less than one byte"),
         ],
     )

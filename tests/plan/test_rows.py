@@ -11,7 +11,7 @@ from nibble.data.dataset import build_dataset
 from nibble.data.loader import Loader, eval_batches
 from nibble.model.load import load_tokenizer
 from nibble.plan import rows as module
-from nibble.plan.rows import full_rows, rows_of
+from nibble.plan.rows import Rows, full_rows, rows_of
 
 
 def config(*overrides):
@@ -42,8 +42,9 @@ class TestFullRows:
         assert rows.worst == {1: (64,), 2: (64, 64), 4: (64,) * 4}
         assert (rows.num_steps, rows.mean_row_tokens, rows.target_share) == (7, 64, 1.0)
 
-    def test_a_number_of_rows_that_is_set_is_the_only_one(self):
-        assert list(full_rows(config("train.micro_batch_size=3")).worst) == [3]
+    def test_of_a_number_of_rows_that_is_set_and_of_one_row(self):
+        assert list(full_rows(config("train.micro_batch_size=3")).worst) == [1, 3]
+        assert list(full_rows(config("train.micro_batch_size=1")).worst) == [1]
 
     def test_steps_without_data_are_known_only_where_they_are_set(self):
         assert full_rows(config()).num_steps is None
@@ -109,3 +110,35 @@ class TestRowsOfData:
         run = config(f"data.train={data}")
         dataset = build_dataset(run.data, tokenizer, seed=0)
         assert rows_of(dataset, run).eval_documents == ()
+
+    def test_no_more_rows_a_pass_than_there_are(self, tokenizer, tmp_path):
+        data = tmp_path / "few.jsonl"
+        data.write_text(json.dumps({"prompt": "a", "completion": "b"}) + "\n")
+        run = config(f"data.train={data}")
+        rows = rows_of(build_dataset(run.data, tokenizer, seed=0), run)
+        assert list(rows.worst) == [1]
+        assert rows.rows_per_step(run.train.batch_size) == 1
+
+
+def rows(num_rows, worst=None):
+    return Rows(worst or {1: (64,)}, (), num_rows, None, 64)
+
+
+class TestSteps:
+    @pytest.mark.parametrize("num_rows", [1, 5, 16, 17, 40])
+    @pytest.mark.parametrize("size", [1, 3, 4, 16])
+    def test_the_short_step_at_the_end_of_an_epoch_counts_as_what_it_is(self, num_rows, size):
+        steps = [min(16, num_rows - at) for at in range(0, num_rows, 16)]
+        passes = [math.ceil(left / size) for left in steps]
+        assert rows(num_rows).rows_per_step(16) == pytest.approx(sum(steps) / len(steps))
+        assert rows(num_rows).passes_per_step(16, size) == pytest.approx(sum(passes) / len(steps))
+
+
+class TestCut:
+    def test_no_row_is_longer(self):
+        cut = rows(8, {1: (50, 14), 2: (50, 14, 60)}).cut(32)
+        assert cut.worst == {1: (32,), 2: (32, 14, 18)}
+        assert cut.mean_row_tokens == 32
+
+    def test_shorter_rows_stay(self):
+        assert rows(8, {1: (50, 14)}).cut(64) == rows(8, {1: (50, 14)})

@@ -25,6 +25,7 @@ GOOD = {
     "model": "m",
     "predicted_bytes": GB,
     "measured_bytes": 2 * GB,
+    "is_comparable": True,
 }
 
 
@@ -40,17 +41,17 @@ def entries(ratios, device="RTX 4090"):
 
 class TestFile:
     def test_runs_come_back_in_their_order(self, cache):
-        record("RTX 4090", "lora", "m", predicted=GB, measured=2 * GB)
-        record("RTX 4090", "qlora", "ü", predicted=3 * GB, measured=GB)
+        record("RTX 4090", "lora", "m", predicted=GB, measured=2 * GB, is_comparable=True)
+        record("RTX 4090", "qlora", "ü", predicted=3 * GB, measured=GB, is_comparable=True)
         first, second = read_history()
         assert first == GOOD
         assert (second["method"], second["model"], second["measured_bytes"]) == ("qlora", "ü", GB)
         assert history_file() == cache / "nibble" / "plan_history.jsonl"
 
     def test_small_runs_are_not_remembered(self, cache):
-        record("cpu", "lora", "m", predicted=SMALLEST_BYTES - 1, measured=GB)
+        record("cpu", "lora", "m", predicted=SMALLEST_BYTES - 1, measured=GB, is_comparable=True)
         assert not history_file().exists()
-        record("cpu", "lora", "m", predicted=SMALLEST_BYTES, measured=GB)
+        record("cpu", "lora", "m", predicted=SMALLEST_BYTES, measured=GB, is_comparable=True)
         assert len(read_history()) == 1
 
     def test_without_a_file_there_is_nothing(self):
@@ -59,12 +60,12 @@ class TestFile:
     def test_a_cache_that_takes_nothing_is_silent(self, cache, monkeypatch):
         (cache / "file").write_text("")
         monkeypatch.setenv("XDG_CACHE_HOME", str(cache / "file"))
-        record("cpu", "lora", "m", predicted=GB, measured=GB)
+        record("cpu", "lora", "m", predicted=GB, measured=GB, is_comparable=True)
         assert read_history() == []
 
     def test_a_folder_in_its_place_is_silent(self, cache):
         history_file().mkdir(parents=True)
-        record("cpu", "lora", "m", predicted=GB, measured=GB)
+        record("cpu", "lora", "m", predicted=GB, measured=GB, is_comparable=True)
         assert read_history() == []
 
     def test_no_home_is_silent(self, monkeypatch):
@@ -73,7 +74,7 @@ class TestFile:
 
         monkeypatch.delenv("XDG_CACHE_HOME")
         monkeypatch.setattr(history.Path, "home", no_home)
-        record("cpu", "lora", "m", predicted=GB, measured=GB)
+        record("cpu", "lora", "m", predicted=GB, measured=GB, is_comparable=True)
         assert read_history() == []
 
     @pytest.mark.parametrize(
@@ -103,11 +104,11 @@ class TestFile:
         assert read_history() == [GOOD, GOOD]
 
     def test_a_half_written_line_costs_one_more(self):
-        record("RTX 4090", "lora", "m", predicted=GB, measured=2 * GB)
+        record("RTX 4090", "lora", "m", predicted=GB, measured=2 * GB, is_comparable=True)
         with history_file().open("a") as file:
             file.write('{"device": "RTX')
         for _ in range(2):
-            record("RTX 4090", "lora", "m", predicted=GB, measured=2 * GB)
+            record("RTX 4090", "lora", "m", predicted=GB, measured=2 * GB, is_comparable=True)
         assert read_history() == [GOOD, GOOD]
 
     def test_a_file_that_is_no_text_is_passed_over(self):
@@ -133,3 +134,8 @@ class TestSummary:
     @given(st.lists(st.floats(0.1, 10), min_size=FEWEST_RUNS, max_size=MOST_RUNS))
     def test_it_is_the_median(self, ratios):
         assert summary(entries(ratios))["RTX 4090"] == pytest.approx(median(ratios))
+
+    def test_only_runs_that_went_as_planned_count(self):
+        halved = [{**entry, "is_comparable": False} for entry in entries([9.0] * 9)]
+        assert summary(halved) == {}
+        assert summary([*halved, *entries([1.1] * FEWEST_RUNS)]) == {"RTX 4090": 1.1}

@@ -221,10 +221,23 @@ class TestRehearsal:
         assert short.loader.micro_batch_size == 8
 
 
+RUN = nibble.load_config(None, ["method=lora", "train.recompute=none", "optim.paged=false"])
+
+
 class TestMessage:
+    def test_what_is_set_already_is_no_way_out(self):
+        values = {"method": "qlora", "train.recompute": "full", "lora.rank": 1}
+        run = RUN.with_values(values, "flag")
+        with pytest.raises(OutOfMemoryError) as caught, out_of_memory_named(run, {}):
+            raise MemoryError
+        ways = caught.value.fix.split(". ")[0].split("; or ")
+        assert ways[0].startswith("lower data.max_seq_len")
+        assert len(ways) == 3
+        assert not any(key in caught.value.fix for key in values)
+
     def test_it_names_what_was_planned_and_the_ways_out(self):
         plan = {"parts": {"base in 4 bits": 5_400_000_000, "saved activations": 1_250_000_000}}
-        with pytest.raises(OutOfMemoryError) as caught, out_of_memory_named(plan):
+        with pytest.raises(OutOfMemoryError) as caught, out_of_memory_named(RUN, plan):
             raise torch.OutOfMemoryError("tried to allocate 2 GiB\nand more lines")
         text = str(caught.value)
         assert "ran out of memory: tried to allocate 2 GiB" in text
@@ -235,14 +248,14 @@ class TestMessage:
         assert caught.value.exit_code == 77
 
     def test_without_a_plan_there_is_no_table(self):
-        with pytest.raises(OutOfMemoryError) as caught, out_of_memory_named({}):
+        with pytest.raises(OutOfMemoryError) as caught, out_of_memory_named(RUN, {}):
             raise MemoryError
         assert "no memory left" in str(caught.value)
         assert "the plan had" not in str(caught.value)
 
     @pytest.mark.parametrize("error", [RuntimeError("shapes differ"), KeyError("x")])
     def test_other_errors_stay_what_they_are(self, error):
-        with pytest.raises(type(error)) as caught, out_of_memory_named({}):
+        with pytest.raises(type(error)) as caught, out_of_memory_named(RUN, {}):
             raise error
         assert caught.value is error
 
