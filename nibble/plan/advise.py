@@ -241,7 +241,10 @@ def _qlora_saves(option: Option, forecast: Forecaster) -> str:
 def _why_recompute(question: Question, chosen: Forecast, forecast: Forecaster) -> str:
     option = chosen.option
     if option.recompute == "none":
-        return f"recompute none: all activations fit ({_gb(_saved(chosen))})."
+        return (
+            f"recompute none: activations take {_gb(_saved(chosen))}; recomputing them would make "
+            f"a step {chosen.forward_share:.0%} slower."
+        )
     lighter = forecast(replace(option, recompute="none", micro_batch_size=_sizes(question)[0]))
     kept = f"with {_how(lighter.option)}"
     if question.fits(lighter):

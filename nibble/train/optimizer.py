@@ -14,6 +14,9 @@ from nibble.train.paging import PAGE_BYTES_PER_BIT, PagedMoments, ResidentMoment
 from nibble.train.state8bit import MomentFormat, Moments8, Moments32
 
 
+_STRETCH = 2**16
+
+
 @dataclass(frozen=True)
 class ParameterGroup:
     """Parameters that share a learning rate: `lr_ratio` times the scheduled one."""
@@ -96,7 +99,7 @@ class AdamW:
 
     def grad_norm(self) -> Tensor:
         """The Euclidean norm of all gradients, a float32 scalar."""
-        return torch.stack([flat.grad.float().norm() for flat in self._flat]).norm()
+        return torch.cat([_norms_of_stretches(flat.grad) for flat in self._flat]).norm()
 
     def scale_grad(self, factor: float | Tensor) -> None:
         """Multiply every gradient."""
@@ -158,6 +161,15 @@ def build_optimizer(model: nn.Module, optim: OptimConfig) -> AdamW:
         bits=8 if optim.name == "adamw8bit" else 32,
         is_paged=bool(optim.paged),
     )
+
+
+def _norms_of_stretches(values: Tensor) -> Tensor:
+    """Norms of stretches of `values`: torch sums hundreds of millions of squares 3 % short."""
+    num_whole = values.numel() // _STRETCH * _STRETCH
+    stretches = values[:num_whole].view(-1, _STRETCH)
+    norms = torch.linalg.vector_norm(stretches, dim=1, dtype=torch.float32)
+    rest = torch.linalg.vector_norm(values[num_whole:], dtype=torch.float32)
+    return torch.cat([norms, rest[None]])
 
 
 @dataclass

@@ -134,7 +134,7 @@ class TestFindDevice:
     def test_a_slip_is_answered_with_a_question(self):
         with pytest.raises(UsageError, match='did you mean "RTX 4090"'):
             find_device("4091")
-        with pytest.raises(UsageError, match='did you mean "rtx 3090"'):
+        with pytest.raises(UsageError, match='did you mean "RTX 3090"'):
             find_device("RXT 3090")
 
     @pytest.mark.parametrize(

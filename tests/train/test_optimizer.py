@@ -43,6 +43,17 @@ def test_gradients_and_values_are_views_of_one_buffer():
     assert all((p.grad == 0).all() for p in parameters)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_norm_of_many_values_is_exact(dtype):
+    torch.manual_seed(0)
+    parameter = nn.Parameter(torch.zeros(50_000_003, dtype=dtype))
+    optimizer = AdamW([ParameterGroup((parameter,))])
+    parameter.grad.normal_()
+    parameter.grad[-1] = 3000
+    expected = float(torch.linalg.vector_norm(parameter.grad, dtype=torch.float64))
+    assert float(optimizer.grad_norm()) == pytest.approx(expected, rel=1e-5)
+
+
 @pytest.mark.parametrize("bits", [32, 8])
 def test_state_round_trip(bits):
     def make():
