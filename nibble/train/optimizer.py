@@ -13,7 +13,6 @@ from nibble.config import OptimConfig
 from nibble.train.paging import PAGE_BYTES_PER_BIT, PagedMoments, ResidentMoments
 from nibble.train.state8bit import MomentFormat, Moments8, Moments32
 
-
 _STRETCH = 2**16
 
 
