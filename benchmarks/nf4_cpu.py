@@ -9,16 +9,14 @@ both are shown. Fresh pages cost more than the look-up from some 20 MB on.
 
 import argparse
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
-from datetime import date
-from pathlib import Path
 
 import bitsandbytes
 import bitsandbytes.functional as bnb
 import torch
+from recording import machine, write_results
 
 from nibble.kernels import nf4
 
@@ -68,14 +66,6 @@ def measure(shape: tuple[int, int]) -> dict[str, float]:
     return seconds
 
 
-def cpu_name() -> str:
-    """The CPU's own name where the system tells it."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
-
-
 def table() -> list[str]:
     """The measurements as Markdown."""
     lines = []
@@ -109,21 +99,16 @@ def main() -> None:
     lines = [
         "# NF4 with double quantisation on a CPU, bfloat16",
         "",
-        f"Device: {cpu_name()}, {arguments.threads} thread(s); {nf4.implementation()}. "
+        f"Device: {machine()}, {arguments.threads} thread(s); {nf4.implementation()}. "
         f"torch {torch.__version__}, bitsandbytes {bitsandbytes.__version__}. "
         f"Medians of {ROUNDS} interleaved rounds; {ROUNDS_QUANTIZE} for reference and quantize. "
         f"Load average at the start: {os.getloadavg()[0]:.1f} on {os.cpu_count()} CPUs.",
         "",
-        f"Command: `python benchmarks/nf4_cpu.py --threads {arguments.threads} --write`",
-        "",
         *table(),
     ]
-    text = "\n".join(lines) + "\n"
-    print(text)
+    print("\n".join(lines))
     if arguments.write:
-        path = Path(__file__).parent / "results" / f"nf4_cpu_{date.today():%Y%m}.md"
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(text)
+        write_results("nf4_cpu", lines)
 
 
 if __name__ == "__main__":

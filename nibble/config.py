@@ -20,6 +20,7 @@ from nibble import yamlfile
 from nibble.errors import UsageError, did_you_mean
 
 INTERVAL = re.compile(r"^([1-9][0-9]*)(s|min|h)$")
+Count = Annotated[int, Field(ge=1)]
 Interval = Annotated[str, StringConstraints(pattern=INTERVAL.pattern)]
 
 
@@ -115,7 +116,7 @@ class TrainConfig(Section):
     """Optimizer steps; overrides epochs."""
     batch_size: int = _field(16, ge=1)
     """Rows per optimizer step over all devices."""
-    micro_batch_size: int | Literal["auto"] = _field(
+    micro_batch_size: Count | Literal["auto"] = _field(
         "auto", "activations grow with it", union_mode="left_to_right"
     )
     """Rows per forward pass; the rest of the batch is accumulated."""
@@ -129,7 +130,7 @@ class TrainConfig(Section):
     """Seed of the adapters, the order of rows and dropout."""
     eval_every: int | None = _field(None, ge=1)
     """Steps between evaluations; null evaluates at the start and at the end."""
-    save_every: int | Interval = _field("10min")
+    save_every: Count | Interval = _field("10min")
     """Steps, or a time such as 30s, 10min or 2h, between checkpoints."""
 
 

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from nibble.commands import progress
+from nibble.units import size
 
 
 def doctor(
@@ -38,7 +39,7 @@ def _environment() -> dict[str, Any]:
         "python": platform.python_version(),
         **found,
         "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.machine(),
-        "free memory": progress.size(available_bytes(device)),
+        "free memory": size(available_bytes(device)),
         "threads": torch.get_num_threads(),
         "4-bit path": implementation(device),
     }

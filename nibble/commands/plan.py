@@ -9,6 +9,7 @@ import typer
 
 from nibble.commands import progress
 from nibble.environment import quick_imports
+from nibble.units import counted, gigabytes
 
 if TYPE_CHECKING:
     from nibble.plan.plan import Plan
@@ -46,7 +47,7 @@ def plan(
     flags = {"model.name": model, "data.eval": eval_data, "method": method}
     run = load_config(recipe, [*progress.overrides(flags, data), *(set_ or [])])
 
-    from nibble.plan.devices import find_device, parse_memory, with_measured_rates
+    from nibble.plan.devices import find_device, parse_memory
 
     if memory:
         parse_memory(memory)
@@ -59,10 +60,10 @@ def plan(
     check_named(run)
     if plot is not None:
         _check_plot(plot)
-    charge = Charge(chosen.price_per_hour if price is None else price)
-    if billing:
-        charge = replace(charge, billing=billing)
-    chosen = with_measured_rates(chosen)
+    charge = None
+    if price is not None or billing:
+        charge = Charge(chosen.price_per_hour if price is None else price)
+        charge = replace(charge, billing=billing) if billing else charge
     with progress.working("planning"):
         made, _ = make_plan(run, chosen, charge=charge)
     if as_json:
@@ -91,10 +92,12 @@ def _print_plan(plan: "Plan") -> None:
     console.print("\n[dim]at the peak[/dim]")
     parts = Table.grid(padding=(0, 2))
     shown = [
-        item for item in plan.parts.items() if item[1] >= SMALLEST_SHARE * plan.peak_memory_bytes
+        item
+        for item in plan.parts.items()
+        if abs(item[1]) >= SMALLEST_SHARE * plan.peak_memory_bytes
     ]
     for part, size in sorted(shown, key=lambda item: -item[1]):
-        parts.add_row("", part, progress.gigabytes(size), _bar(size / plan.peak_memory_bytes))
+        parts.add_row("", part, gigabytes(size), _bar(size / plan.peak_memory_bytes))
     console.print(parts)
     console.print("\n[dim]why[/dim]")
     for reason in plan.reasons:
@@ -106,24 +109,25 @@ def _print_plan(plan: "Plan") -> None:
 
 
 def _lines(plan: "Plan") -> list[tuple[str, str]]:
-    share = plan.needed_bytes / max(1, plan.budget_bytes)
+    share = plan.needed_bytes / plan.budget_bytes if plan.budget_bytes else 1.0
     lines = [
         ("settings", _settings(plan.settings)),
         (
             "memory",
-            f"{progress.gigabytes(plan.needed_bytes)} of "
-            f"{progress.gigabytes(plan.budget_bytes)}  {_bar(min(1.0, share))} {share:.0%}",
+            f"{gigabytes(plan.needed_bytes)} of "
+            f"{gigabytes(plan.budget_bytes)}  {_bar(share)}"
+            + (f" {share:.0%}" if plan.budget_bytes else ""),
         ),
         ("trained", f"{plan.num_trainable:,} of {plan.num_total:,} values"),
     ]
     if plan.host_memory_bytes:
-        lines.append(("host memory", progress.gigabytes(plan.host_memory_bytes)))
+        lines.append(("host memory", gigabytes(plan.host_memory_bytes)))
     if plan.step_seconds is not None:
         total = "" if plan.total_seconds is None else f"; {_span(plan.total_seconds)} in all"
         lines.append(("time", f"{plan.step_seconds:.2f} s a step{total}"))
     if plan.cost is not None:
         lines.append(("cost", f"{plan.cost:.2f} USD"))
-    lines.append(("disk", progress.gigabytes(plan.disk_bytes)))
+    lines.append(("disk", gigabytes(plan.disk_bytes)))
     if plan.data is not None:
         lines += _data_lines(plan.data)
     if plan.runner_up is not None:
@@ -139,8 +143,8 @@ def _data_lines(data: Any) -> list[tuple[str, str]]:
     return [
         (
             "data",
-            f"{data.num_documents:,} documents, {data.num_tokens:,} tokens in {data.num_rows:,} "
-            f"rows ({data.packing_efficiency:.0%} full); largest pass "
+            f"{counted(data.num_documents, 'document')}, {data.num_tokens:,} tokens in "
+            f"{counted(data.num_rows, 'row')} ({data.packing_efficiency:.0%} full); largest pass "
             f"{data.longest_pass_tokens:,} tokens",
         ),
         ("lengths", lengths),
@@ -149,13 +153,13 @@ def _data_lines(data: Any) -> list[tuple[str, str]]:
 
 
 def _bar(share: float) -> str:
-    filled = round(share * BAR_WIDTH)
+    filled = round(min(1.0, max(0.0, share)) * BAR_WIDTH)
     return "█" * filled + "░" * (BAR_WIDTH - filled)
 
 
 def _settings(settings: dict[str, Any]) -> str:
     size = settings["train.micro_batch_size"]
-    rows = "1 row" if size == 1 else f"{size} rows"
+    rows = counted(size, "row")
     paged = " paged" if settings["optim.paged"] else ""
     return (
         f"{rows} a pass, recompute {settings['train.recompute']}, {settings['optim.name']}{paged}"
@@ -230,8 +234,8 @@ def _print_history(as_json: bool) -> None:
     for record in records:
         typer.echo(
             f"{record['device']:24} {record['method']:6} {record['model']:32} "
-            f"predicted {progress.gigabytes(record['predicted_bytes'])}, measured "
-            f"{progress.gigabytes(record['measured_bytes'])} "
+            f"predicted {gigabytes(record['predicted_bytes'])}, measured "
+            f"{gigabytes(record['measured_bytes'])} "
             f"({record['measured_bytes'] / record['predicted_bytes'] - 1:+.1%})"
             + ("" if record["is_comparable"] else "  not counted")
         )

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from nibble.events import EvalEnd, Event, LoadEnd, PlanMade, RunStart, StepEnd, WarningRaised
+from nibble.units import size
 
 
 class TrainingBar:
@@ -70,28 +71,6 @@ def working(what: str) -> Iterator[None]:
     console = Console(stderr=True)
     with console.status(what) if console.is_terminal else nullcontext():
         yield
-
-
-def size(num_bytes: float) -> str:
-    """Bytes for people.
-
-    >>> size(1536)
-    '1.5 KiB'
-    """
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if num_bytes < 1024 or unit == "GiB":
-            return f"{num_bytes:.0f} B" if unit == "B" else f"{num_bytes:.1f} {unit}"
-        num_bytes /= 1024
-    raise AssertionError
-
-
-def gigabytes(num_bytes: float) -> str:
-    """Bytes as a plan shows them.
-
-    >>> gigabytes(3_341_000_000)
-    '3.3 GB'
-    """
-    return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.1f} MB"
 
 
 def overrides(flags: Mapping[str, str], data: Sequence[str] | None) -> list[str]:

@@ -8,6 +8,7 @@ import typer
 
 from nibble.commands import progress
 from nibble.environment import quick_imports
+from nibble.units import size
 
 
 def train(
@@ -54,7 +55,7 @@ def train(
     typer.echo(f"training loss  {result.final_loss:.4f}")
     if result.eval_loss is not None:
         typer.echo(f"held-out loss  {result.eval_loss:.4f}")
-    typer.echo(f"peak memory    {progress.size(result.peak_memory_bytes)}")
+    typer.echo(f"peak memory    {size(result.peak_memory_bytes)}")
     typer.echo(f"speed          {result.tokens_per_s:,.0f} tokens/s")
     flag = "--model" if is_full else f"--model {run.model.name} --adapter"
     method = " --method qlora" if _is_qlora(result.out) else ""

@@ -1,9 +1,14 @@
-"""Causal attention for training on short documents in 16 bits on a CPU, by plain products.
+"""Causal attention for training in bfloat16 on a CPU, by plain products of blocks.
 
-torch's fused attention splits every (document, head) into small blocks; up to some hundred
-tokens whole matrices are faster, though the probabilities are kept for the backward pass.
+    rows        256 rows of scores at a time, against the keys up to their end
+    matrices    as many (document, head) pairs at once as keep a block in the cache of a core
+    backward    scores are computed again; dK and dV are summed in float32 over the blocks
+
+torch's fused attention takes two to four times as long: its blocks are too small for products
+in bfloat16. Memory beside inputs and outputs does not grow with the square of the length.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -11,31 +16,31 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from nibble.kernels.target import device_type
+from nibble.kernels.target import device_type, is_fake, report_kernel
 
-# Longest document that gains: measured by benchmarks/short_attention.py.
-MOST_TOKENS = 512
-
-
-def is_short(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether `short_attention` is the faster one for these states, (N, H or G, L, K)."""
-    states = (query, key, value)
-    needs_gradient = torch.is_grad_enabled() and any(state.requires_grad for state in states)
-    is_narrow = query.dtype == torch.bfloat16 and device_type(query) == "cpu"
-    return needs_gradient and is_narrow and query.shape[2] <= MOST_TOKENS
+aten: Any = torch.ops.aten
+# Rows of scores in a block, over all query heads that share a key head, and values of a block.
+# Source: benchmarks/cpu_attention.py.
+BLOCK_ROWS = 256
+BLOCK_VALUES = 1 << 19
 
 
-def short_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+def is_blocked(query: Tensor) -> bool:
+    """Whether `blocked_attention` is the faster one for these states."""
+    return query.dtype == torch.bfloat16 and device_type(query) == "cpu"
+
+
+def blocked_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     """softmax(scale q k^T, a token sees itself and what is before it) v.
 
     Shapes:
         query: (N, H, L, K). key and value: (N, G, L, K), H a multiple of G. -> (N, H, L, K).
     """
-    y: Any = _ShortAttention.apply(query, key, value, scale)
+    y: Any = _BlockedAttention.apply(query, key, value, scale)
     return y
 
 
-def short_attention_reference(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+def blocked_attention_reference(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     """The same by torch's own attention."""
     is_grouped = query.shape[1] != key.shape[1]
     return F.scaled_dot_product_attention(
@@ -43,36 +48,116 @@ def short_attention_reference(query: Tensor, key: Tensor, value: Tensor, scale: 
     )
 
 
-class _ShortAttention(torch.autograd.Function):
+class _BlockedAttention(torch.autograd.Function):
     """With P the probabilities and dS = P * (dP - sum(P * dP)), dP = dO V^T:
 
     dQ = scale dS K,  dK = scale dS^T Q,  dV = P^T dO
 
-    The H / G query heads that share a key head lie below one another, as rows of one product.
+    The R = H / G query heads of a key head lie below one another, as rows of one product. M counts
+    pairs of a document and a key head.
     """
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        length, width = query.shape[2:]
-        repeats = query.shape[1] // key.shape[1]
-        q = query.reshape(-1, repeats * length, width)
-        k, v = key.reshape(-1, length, width), value.reshape(-1, length, width)
-        mask = torch.full((length, length), -torch.inf, dtype=q.dtype, device=q.device).triu(1)
-        p = torch.baddbmm(mask.repeat(repeats, 1), q, k.mT, alpha=scale).softmax(-1)
-        ctx.save_for_backward(q, k, v, p)
-        ctx.scale, ctx.query_shape, ctx.key_shape = scale, query.shape, key.shape
-        return torch.bmm(p, v).view(query.shape)
+        ctx.save_for_backward(query, key, value)
+        ctx.scale = scale
+        q_MRLK, k_MLK, v_MLK = _matrices(query, key, value)
+        y = torch.empty_like(q_MRLK)
+        blocks = _Blocks(q_MRLK, scale, num_products=2)
+        for pairs in blocks.pairs():
+            q, k, v = (x[pairs].contiguous() for x in (q_MRLK, k_MLK, v_MLK))
+            for rows in blocks.rows():
+                p = blocks.probabilities(q[:, :, rows], k[:, : rows.stop])
+                y[pairs, :, rows] = torch.bmm(p, v[:, : rows.stop]).view_as(q[:, :, rows])
+        return y.view(query.shape)
 
     @staticmethod
     @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, grad_y: Tensor
+        ctx: Any, *grads: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, None]:
-        q, k, v, p = ctx.saved_tensors
-        grad = grad_y.reshape(q.shape)
-        grad_v = torch.bmm(p.mT, grad)
-        grad_s = torch.ops.aten._softmax_backward_data(torch.bmm(grad, v.mT), p, -1, p.dtype)
-        grad_q = torch.bmm(grad_s, k).mul_(ctx.scale)
-        grad_k = torch.bmm(grad_s.mT, q).mul_(ctx.scale)
-        shape = ctx.key_shape
-        return grad_q.view(ctx.query_shape), grad_k.view(shape), grad_v.view(shape), None
+        query, key, value = ctx.saved_tensors
+        q_MRLK, k_MLK, v_MLK = _matrices(query, key, value)
+        g_MRLK = grads[0].reshape(q_MRLK.shape)
+        grad_q, grad_k, grad_v = (torch.empty_like(x) for x in (q_MRLK, k_MLK, v_MLK))
+        blocks = _Blocks(q_MRLK, ctx.scale, num_products=5)
+        for pairs in blocks.pairs():
+            q, k, v, g = (x[pairs].contiguous() for x in (q_MRLK, k_MLK, v_MLK, g_MRLK))
+            sum_k, sum_v = (torch.zeros_like(k, dtype=torch.float32) for _ in range(2))
+            for rows in blocks.rows():
+                seen = slice(0, rows.stop)
+                q_rows, g_rows = q[:, :, rows], g[:, :, rows].flatten(1, 2)
+                p = blocks.probabilities(q_rows, k[:, seen])
+                sum_v[:, seen] += torch.bmm(p.mT, g_rows)
+                grad_p = torch.bmm(g_rows, v[:, seen].mT, out=blocks.scores_like(p))
+                grad_s = aten._softmax_backward_data(grad_p, p, -1, p.dtype)
+                product = torch.bmm(grad_s, k[:, seen]).mul_(ctx.scale)
+                grad_q[pairs, :, rows] = product.view_as(q_rows)
+                sum_k[:, seen] += torch.bmm(grad_s.mT, blocks.scaled(q_rows))
+            grad_k[pairs], grad_v[pairs] = sum_k, sum_v
+        return grad_q.view(query.shape), grad_k.view(key.shape), grad_v.view(value.shape), None
+
+
+class _Blocks:
+    """Blocks of scores of all pairs, one after the other, in the same memory.
+
+    On fake tensors only the largest block is gone through, and the work of all is reported.
+    """
+
+    def __init__(self, q_MRLK: Tensor, scale: float, *, num_products: int) -> None:
+        self._scale = scale
+        self._num_pairs, self._repeats, self._length, width = q_MRLK.shape
+        self._rows = min(self._length, max(1, BLOCK_ROWS // self._repeats))
+        num_values = self._repeats * self._rows * self._length
+        self._pairs = min(self._num_pairs, max(torch.get_num_threads(), BLOCK_VALUES // num_values))
+        self._scores = q_MRLK.new_empty(self._pairs * num_values)
+        self._probabilities = torch.empty_like(self._scores)
+        self._mask = q_MRLK.new_full((self._rows, self._rows), -torch.inf).triu_(1)
+        self._is_fake = is_fake(q_MRLK)
+        if self._is_fake:
+            # Causal: half of all scores.
+            flops = num_products * self._num_pairs * self._repeats * self._length**2 * width
+            report_kernel("attention", flops, num_products * q_MRLK.nbytes)
+
+    def pairs(self) -> Iterator[slice]:
+        """Pairs whose blocks are handled at once."""
+        starts = range(0, self._num_pairs, self._pairs)
+        for start in starts[:1] if self._is_fake else starts:
+            yield slice(start, min(start + self._pairs, self._num_pairs))
+
+    def rows(self) -> Iterator[slice]:
+        """Rows of the blocks of a pair."""
+        starts = range(0, self._length, self._rows)
+        for start in starts[-1:] if self._is_fake else starts:
+            yield slice(start, min(start + self._rows, self._length))
+
+    def scaled(self, q: Tensor) -> Tensor:
+        """(M, R, rows, K) -> scale q, (M, R * rows, K)."""
+        return q.reshape(len(q), -1, q.shape[-1]) * self._scale
+
+    def probabilities(self, q: Tensor, k: Tensor) -> Tensor:
+        """softmax of the masked scores of a block, (M, R * rows, keys)."""
+        num_rows, num_keys = q.shape[2], k.shape[1]
+        shape = (len(k), self._repeats * num_rows, num_keys)
+        p = _first(self._probabilities, shape)
+        scores = torch.bmm(self.scaled(q), k.mT, out=self.scores_like(p))
+        at_diagonal = scores.view(len(k), self._repeats, num_rows, num_keys)[..., -num_rows:]
+        at_diagonal.add_(self._mask[:num_rows, :num_rows])
+        return aten._softmax.out(scores, -1, False, out=p)
+
+    def scores_like(self, p: Tensor) -> Tensor:
+        """The memory of scores, in the shape of p."""
+        return _first(self._scores, p.shape)
+
+
+def _matrices(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(N, H, L, K), (N, G, L, K) -> (M, R, L, K), (M, L, K) with M = N * G and R = H / G."""
+    length, width = query.shape[2:]
+    repeats = query.shape[1] // key.shape[1]
+    q = query.reshape(-1, repeats, length, width)
+    return q, key.reshape(-1, length, width), value.reshape(-1, length, width)
+
+
+def _first(memory: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The first values of a flat buffer in this shape."""
+    return memory[: shape[0] * shape[1] * shape[2]].view(shape)

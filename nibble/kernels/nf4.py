@@ -178,7 +178,7 @@ def dequantize(
     out_flat, shape = _prepare_out(q, dtype=dtype, out=out, start=start, count=count)
     if is_fake(out_flat):
         num_parts = q.numel // out_flat.numel()
-        report_kernel(out_flat.nbytes + q.nbytes // num_parts, num_parts)
+        report_kernel("decode", 0, out_flat.nbytes + q.nbytes // num_parts, num_parts)
         return out_flat.view(shape)
     library = _library(q.codes, out_flat)
     if library is None:

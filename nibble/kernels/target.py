@@ -3,7 +3,7 @@
 Every choice of an implementation asks `device_type`, so that the planner can run the code of a
 CUDA device on fake tensors, which have shapes and no values. Every allocation that a CUDA run
 makes in host memory goes through `host_empty`, so that the planner can tell it from device
-memory. A kernel that is given fake tensors does nothing but say how many bytes it would move.
+memory. A kernel that is given fake tensors says what it would do instead of doing it all.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,12 +14,10 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-KernelListener = Callable[[int, int], None]
+KernelListener = Callable[[str, int, int, int], None]
 
 _planned: ContextVar[str | None] = ContextVar("planned device type", default=None)
-_on_kernel: ContextVar[Callable[[int, int], None] | None] = ContextVar(
-    "kernel listener", default=None
-)
+_on_kernel: ContextVar[KernelListener | None] = ContextVar("kernel listener", default=None)
 _on_host: ContextVar[bool] = ContextVar("allocating on the host", default=False)
 
 
@@ -30,14 +28,11 @@ def device_type(of: Tensor | torch.device) -> str:
 
 
 @contextmanager
-def planned_device(
-    type: str, *, on_kernel: Callable[[int, int], None] | None = None
-) -> Iterator[None]:
+def planned_device(type: str, *, on_kernel: KernelListener | None = None) -> Iterator[None]:
     """Within the block, code chooses what it would choose on a device of this type.
 
     Args:
-        on_kernel: Receives, of each kernel on fake tensors, the bytes that it would read and
-            write, and of how many equal parts of its input it handles one.
+        on_kernel: Receives what `report_kernel` is told.
     """
     tokens = _planned.set(type), _on_kernel.set(on_kernel)
     try:
@@ -52,11 +47,18 @@ def is_fake(tensor: Tensor) -> bool:
     return isinstance(tensor, FakeTensor)
 
 
-def report_kernel(num_bytes: int, num_parts: int = 1) -> None:
-    """Say what a kernel would read and write, where it was given fake tensors."""
+def report_kernel(kind: str, flops: int, num_bytes: int, num_parts: int = 1) -> None:
+    """Say what a kernel would do, where it was given fake tensors.
+
+    Args:
+        kind: "decode" (a stored weight made dense) or "attention".
+        flops: Its floating-point operations.
+        num_bytes: What it would read and write.
+        num_parts: Of how many equal parts of its input it handles one.
+    """
     listen = _on_kernel.get()
     if listen is not None:
-        listen(num_bytes, num_parts)
+        listen(kind, flops, num_bytes, num_parts)
 
 
 def host_empty(*shape: int, dtype: torch.dtype) -> Tensor:

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from nibble.kernels.layers import recipe_of
+
 
 class FrozenLinear(Protocol):
     """What LoRALinear needs of its base."""
@@ -110,9 +112,10 @@ def lora_scale(*, rank: int, alpha: float, dropout: float, rslora: bool) -> floa
 
 
 class _AdaptedProduct(torch.autograd.Function):
-    """y = x W^T + b + x_dropped A^T (scale B)^T with one node in the graph.
+    """y = x W^T + b + scale x_dropped A^T B^T with one node in the graph.
 
-    Saves the input of A and its product with A^T; the frozen weight is asked for again in backward.
+    Keeps the input of A, or what it is made again from, and its product with A^T; the frozen
+    weight is asked for again in backward.
     """
 
     @staticmethod
@@ -127,20 +130,27 @@ class _AdaptedProduct(torch.autograd.Function):
     ) -> Tensor:
         x_TI = x.reshape(-1, x.shape[-1])
         input_TI = x_TI if x_dropped is None else x_dropped.reshape(x_TI.shape)
+        recipe = recipe_of(x) if x_dropped is None else None
         xa_TR = input_TI @ lora_A.to(x.dtype).T
         y = F.linear(x, base.dense_weight(x.dtype), base.bias)
-        y.view(-1, y.shape[-1]).addmm_(xa_TR, (lora_B * scale).to(x.dtype).T)
+        y.view(-1, y.shape[-1]).addmm_(xa_TR, lora_B.to(x.dtype).T, alpha=scale)
         ctx.base, ctx.scale, ctx.has_dropout = base, scale, x_dropped is not None
-        ctx.save_for_backward(input_TI, xa_TR, lora_A, lora_B)
+        ctx.shape, ctx.maker = x.shape, None
+        kept = (input_TI,)
+        if recipe is not None:
+            ctx.maker, kept = recipe.maker, recipe.tensors
+            ctx.maker.num_uses += 1
+        ctx.save_for_backward(xa_TR, lora_A, lora_B, *kept)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        input_TI, xa_TR, lora_A, lora_B = ctx.saved_tensors
-        shape = (*grads[0].shape[:-1], input_TI.shape[-1])
+        xa_TR, lora_A, lora_B, *kept = ctx.saved_tensors
+        made = kept[0] if ctx.maker is None else ctx.maker.take(*kept)
+        input_TI = made.reshape(-1, made.shape[-1])
         g_TO = grads[0].reshape(-1, grads[0].shape[-1])
-        gb_TR = g_TO @ (lora_B * ctx.scale).to(g_TO.dtype)
+        gb_TR = (g_TO @ lora_B.to(g_TO.dtype)).mul_(ctx.scale)
         grad_A = (gb_TR.T @ input_TI).to(lora_A.dtype)
         grad_B = (g_TO.T @ xa_TR).to(lora_B.dtype).mul_(ctx.scale)
         grad_x = grad_x_dropped = None
@@ -148,7 +158,7 @@ class _AdaptedProduct(torch.autograd.Function):
             grad_x_TI = g_TO @ ctx.base.dense_weight(g_TO.dtype)
             if not ctx.has_dropout:
                 grad_x_TI.addmm_(gb_TR, lora_A.to(g_TO.dtype))
-            grad_x = grad_x_TI.view(shape)
+            grad_x = grad_x_TI.view(ctx.shape)
         if ctx.has_dropout and ctx.needs_input_grad[1]:
-            grad_x_dropped = (gb_TR @ lora_A.to(g_TO.dtype)).view(shape)
+            grad_x_dropped = (gb_TR @ lora_A.to(g_TO.dtype)).view(ctx.shape)
         return grad_x, grad_x_dropped, grad_A, grad_B, None, None

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from nibble.errors import UsageError
+from nibble.kernels.layers import recipe_of
 from nibble.kernels.target import device_type, host_empty
 from nibble.model.families import decoder_layers
 
@@ -53,10 +54,22 @@ def apply_recompute(model: nn.Module, policy: str) -> None:
             part.forward = partial(_checkpointed, part.forward)
 
 
-def _checkpointed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def _checkpointed(forward: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
     if not torch.is_grad_enabled():
-        return forward(*args, **kwargs)
-    return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+        return forward(x, *args, **kwargs)
+    recipe = recipe_of(x)
+    if recipe is None:
+        return checkpoint(forward, x, *args, use_reentrant=False, **kwargs)
+    # What x is made of is kept in any case. Both passes see a tensor without a recipe.
+    maker, tensors = recipe.maker, recipe.tensors
+    maker.num_uses += 1
+    unused = [x.view_as(x)]
+
+    def run(like_x: Tensor) -> Any:
+        made = unused.pop() if unused else maker.take(*tensors).detach().requires_grad_()
+        return forward(made, *args, **kwargs)
+
+    return checkpoint(run, x.new_empty(0), use_reentrant=False)
 
 
 def _offloaded(

@@ -11,13 +11,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from nibble.config import RunConfig
-from nibble.plan.budget import budget_bytes
+from nibble.plan.budget import CONTEXT_BYTES, budget_bytes
 from nibble.plan.devices import Device
 from nibble.plan.estimate import rates_of
 from nibble.plan.forecast import Forecast, Forecaster, Option, forecaster
 from nibble.plan.loosen import changes_that_fit
 from nibble.plan.rows import Rows
-from nibble.plan.watch import SAVED
+from nibble.plan.watch import BASE_4BIT, BASE_DENSE, EMBEDDINGS, MOMENTS, SAVED
+from nibble.units import counted, gigabytes
 
 # More tokens in a forward pass bring nothing: products are at full speed.
 PASS_TOKENS = {"cuda": 8192, "cpu": 4096}
@@ -27,6 +28,8 @@ POLICIES = {"cuda": ("none", "selective", "offload", "full"), "cpu": ("none", "s
 THRIFTIEST = {"cuda": ("offload", "full"), "cpu": ("full",)}
 # Recomputing more costs at least this factor, however many rows it makes room for.
 RECOMPUTE_COSTS = 1.05
+# Moments below this share of the memory are not worth a second look at everything.
+LARGE_SHARE = 0.05
 # Times closer than this are the same to a person.
 _SAME_PACE = 0.005
 
@@ -89,7 +92,12 @@ class Question:
 def advise(question: Question) -> Choice:
     """The fastest option that fits, of the methods and settings that the run leaves open."""
     forecast = question.forecaster()
-    best = {method: _best(question, forecast, method) for method in _methods(question.run)}
+    best: dict[str, Forecast] = {}
+    first_look = _policies(question)[0]
+    # QLoRA first: where the base in 16 bits is too large, one look beside its settings is enough.
+    for method in reversed(_methods(question.run)):
+        best[method] = _best(question, forecast, method, first_look)
+        first_look = best[method].option.recompute
     fitting = [f for f in best.values() if question.fits(f)]
     if not fitting:
         closest = min(_thriftiest(question, forecast), key=lambda f: f.needed_bytes)
@@ -99,8 +107,8 @@ def advise(question: Question) -> Choice:
             reasons=(_does_not_fit(question, closest),),
             changes=tuple(_changes(question, closest)),
         )
-    # The fastest, so that more memory never makes a plan slower; at a tie LoRA, which is exact.
-    chosen = min(fitting, key=lambda f: f.step_seconds)
+    # The fastest; at a tie LoRA, which is exact.
+    chosen = min(fitting, key=lambda f: (f.step_seconds, f.option.method))
     others = [f for m, f in best.items() if m != chosen.option.method]
     reasons = [
         _why_method(question, chosen, others),
@@ -113,33 +121,44 @@ def _methods(run: RunConfig) -> Sequence[str]:
     return ("lora", "qlora") if run.method == "auto" else (run.method,)
 
 
-def _best(question: Question, forecast: Forecaster, method: str) -> Forecast:
-    """The fastest option of a method that fits, or else one that needs little."""
-    sizes, policies = _sizes(question), _policies(question)
-    least: Forecast | None = None
+def _best(question: Question, forecast: Forecaster, method: str, first_look: str) -> Forecast:
+    """The fastest option of a method that fits, or else one that does not."""
+    smallest, found = _sizes(question)[0], []
+    first: Forecast | None = None
     for optimizer, paged in _optimizers(question):
-        # Where an optimizer of more memory did not fit, policies that keep much will not either.
-        tried = policies[-2:] if least else policies
-        start = Option(method, policies[-1], sizes[0], optimizer, paged)
-        thrifty = _thrifty_options(question, start)
-        least = forecast(thrifty[0])
-        if least.phases["load"].bytes > question.budget:
-            break  # the base alone is too large
-        if not any(question.fits(forecast(option)) for option in thrifty):
+        if found and not (paged and _is_paging_worth_it(question, found[0])):
+            break
+        start = Option(method, first_look, smallest, optimizer, paged)
+        first = forecast(start)
+        if first.phases["load"].bytes > question.budget:
+            return first  # the base alone is too large
+        fastest = _fastest(question, forecast, start)
+        found += [] if fastest is None else [fastest]
+    assert first is not None
+    return min(found, key=lambda f: f.step_seconds) if found else first
+
+
+def _fastest(question: Question, forecast: Forecaster, start: Option) -> Forecast | None:
+    """The fastest of the policies and numbers of rows that fit."""
+    smallest, *sizes = _sizes(question)
+    fitting: list[Forecast] = []
+    for recompute in _policies(question):
+        option = replace(start, recompute=recompute, micro_batch_size=smallest)
+        if not question.fits(forecast(option)):
             continue
-        fitting: list[Forecast] = []
-        for recompute in tried:
-            found = [
-                forecast(replace(start, recompute=recompute, micro_batch_size=size))
-                for size in sizes
-            ]
-            fitting += filter(question.fits, found)
-            shortest = min(f.step_seconds for f in found)
-            if any(f.step_seconds <= RECOMPUTE_COSTS * shortest for f in fitting):
-                break
-        return min(fitting, key=lambda f: (f.step_seconds, f.needed_bytes))
-    assert least is not None
-    return least
+        tried = [forecast(replace(option, micro_batch_size=size)) for size in (smallest, *sizes)]
+        fitting += filter(question.fits, tried)
+        shortest = min(f.step_seconds for f in tried)
+        if any(f.step_seconds <= RECOMPUTE_COSTS * shortest for f in fitting):
+            break
+    return min(fitting, key=lambda f: (f.step_seconds, f.needed_bytes), default=None)
+
+
+def _is_paging_worth_it(question: Question, found: Forecast) -> bool:
+    """Whether a way that fits would be faster with the memory that moments take."""
+    is_fastest = found.option.recompute == _policies(question)[0]
+    moments = found.phases["optimizer"].parts.get(MOMENTS, 0)
+    return not is_fastest and moments > LARGE_SHARE * question.budget
 
 
 def _thriftiest(question: Question, forecast: Forecaster) -> Iterator[Forecast]:
@@ -185,13 +204,13 @@ def _optimizers(question: Question) -> Iterator[tuple[str, bool]]:
 
 
 def _why_method(question: Question, chosen: Forecast, others: Sequence[Forecast]) -> str:
-    method, has = chosen.option.method, f"the device has {_gb(question.budget)}"
+    method, has = chosen.option.method, f"the device has {gigabytes(question.budget)}"
     if not others:
-        return f"{method} was asked for: it needs {_gb(chosen.needed_bytes)}, {has}."
+        return f"{method} was asked for: it needs {gigabytes(chosen.needed_bytes)}, {has}."
     other = others[0]
     name, how = other.option.method, _how(other.option)
     if not question.fits(other):
-        return f"{method}: {name} needs {_gb(other.needed_bytes)} with {how}, {has}."
+        return f"{method}: {name} needs {gigabytes(other.needed_bytes)} with {how}, {has}."
     slower = f"{name} with {how} would be {pace(question, other, chosen)}"
     if method == "qlora":
         return f"qlora: the memory that 4 bits save is spent on the passes; {slower}."
@@ -208,26 +227,31 @@ def pace(question: Question, other: Forecast, chosen: Forecast) -> str:
 
 
 def _how(option: Option) -> str:
-    rows = "1 row" if option.micro_batch_size == 1 else f"{option.micro_batch_size} rows"
-    return f"recompute {option.recompute} and {rows} a pass"
+    paged = ", paged" if option.paged else ""
+    return (
+        f"recompute {option.recompute} and {counted(option.micro_batch_size, 'row')} a pass{paged}"
+    )
 
 
 def _why_settings(question: Question, chosen: Forecast, forecast: Forecaster) -> Iterator[str]:
     option, run = chosen.option, question.run
     if option.method != "full":
-        yield _qlora_saves(option, forecast)
+        yield _qlora_saves(replace(option, micro_batch_size=_sizes(question)[0]), forecast)
     if run.train.recompute == "auto":
         yield _why_recompute(question, chosen, forecast)
     if run.train.micro_batch_size == "auto":
         tokens = sum(question.rows.worst[option.micro_batch_size])
         num_rows = min(run.train.batch_size, question.rows.num_rows)
-        rows = "1 row" if num_rows == 1 else f"{num_rows} rows"
-        yield (
-            f"{option.micro_batch_size} of the {rows} of a step in a forward pass, at most "
-            f"{tokens:,} tokens."
+        share = (
+            f"{option.micro_batch_size} of the {num_rows} rows" if num_rows > 1 else "The one row"
         )
+        yield f"{share} of a step in a forward pass, at most {tokens:,} tokens."
     if option.paged and run.optim.paged == "auto":
-        yield "Optimizer state is paged to host memory: without it the run would not fit."
+        resident = forecast(replace(option, paged=False))
+        yield (
+            "Optimizer state is paged to host memory: kept on the device the run would need "
+            f"{gigabytes(resident.needed_bytes)}."
+        )
     if option.optimizer != run.optim.name:
         yield "Moments are kept in 8 bits: in 32 bits the run would not fit."
 
@@ -235,15 +259,16 @@ def _why_settings(question: Question, chosen: Forecast, forecast: Forecaster) ->
 def _qlora_saves(option: Option, forecast: Forecaster) -> str:
     lora, qlora = (forecast(replace(option, method=m)).peak_bytes for m in ("lora", "qlora"))
     change = "less" if qlora <= lora else "more"
-    return f"With these settings qlora needs {abs(1 - qlora / lora):.0%} {change} memory than lora."
+    percent = f"{abs(1 - qlora / lora):.0%} {change}"
+    return f"With {_how(option)} qlora needs {percent} memory than lora."
 
 
 def _why_recompute(question: Question, chosen: Forecast, forecast: Forecaster) -> str:
     option = chosen.option
     if option.recompute == "none":
         return (
-            f"recompute none: activations take {_gb(_saved(chosen))}; recomputing them would make "
-            f"a step {chosen.forward_share:.0%} slower."
+            f"recompute none: activations take {gigabytes(_saved(chosen))}; recomputing them "
+            f"would make a step {chosen.forward_share:.0%} slower."
         )
     lighter = forecast(replace(option, recompute="none", micro_batch_size=_sizes(question)[0]))
     kept = f"with {_how(lighter.option)}"
@@ -252,7 +277,8 @@ def _why_recompute(question: Question, chosen: Forecast, forecast: Forecaster) -
             f"recompute {option.recompute}: {kept} a step would be "
             f"{pace(question, lighter, chosen)}."
         )
-    return f"recompute {option.recompute}: {kept} the run would need {_gb(lighter.needed_bytes)}."
+    needs = gigabytes(lighter.needed_bytes)
+    return f"recompute {option.recompute}: {kept} the run would need {needs}."
 
 
 def _saved(forecast: Forecast) -> int:
@@ -262,9 +288,12 @@ def _saved(forecast: Forecast) -> int:
 def _does_not_fit(question: Question, closest: Forecast) -> str:
     needs = f"nothing fits: {closest.option.method} with {_how(closest.option)} needs"
     if closest.needed_bytes <= question.budget:
-        has = question.device.host_memory_bytes or 0
-        return f"{needs} {_gb(closest.host_bytes)} of host memory, this machine has {_gb(has)}."
-    return f"{needs} {_gb(closest.needed_bytes)}, the device has {_gb(question.budget)}."
+        has = gigabytes(question.device.host_memory_bytes or 0)
+        return f"{needs} {gigabytes(closest.host_bytes)} of host memory, this machine has {has}."
+    has = f"the device has {gigabytes(question.budget)}"
+    if not question.budget:
+        has = f"the CUDA context alone takes {gigabytes(CONTEXT_BYTES)}"
+    return f"{needs} {gigabytes(closest.needed_bytes)}, {has}."
 
 
 def _changes(question: Question, closest: Forecast) -> Iterator[str]:
@@ -281,10 +310,8 @@ def _changes(question: Question, closest: Forecast) -> Iterator[str]:
         what = "memory" if question.device.type == "cpu" else "a device"
         wanted = closest.needed_bytes + (question.device.memory_bytes - question.budget)
         yield f"{what} with at least {-(-wanted // 2**30)} GiB"
-    if len(found) < 2:
-        share = question.budget / closest.needed_bytes
-        yield f"a model of at most {share:.0%} as many weights"
-
-
-def _gb(num_bytes: float) -> str:
-    return f"{num_bytes / 1e9:.1f} GB"
+    parts = closest.phases["load"].parts
+    base = sum(parts.get(part, 0) for part in (BASE_4BIT, BASE_DENSE, EMBEDDINGS))
+    left = question.budget - (closest.needed_bytes - base)
+    if len(found) < 2 and 0 < left < base:
+        yield f"a base of at most {gigabytes(left)} where this one takes {gigabytes(base)}"

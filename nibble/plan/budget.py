@@ -5,10 +5,9 @@ tensors + workspace            what torch.cuda.max_memory_allocated shows
 + context                      what nvidia-smi shows
 """
 
-from nibble.plan.devices import Device
+from nibble.plan.devices import MIB, Device
 from nibble.plan.tracker import HEAD, SAVED, WORKING, Peak
 
-MIB = 2**20
 # CUDA context and loaded kernels, outside of torch's allocator. Source: 0.4 to 0.6 GiB seen with
 # torch 2 on compute capability 8 and 9.
 CONTEXT_BYTES = 512 * MIB
@@ -27,7 +26,7 @@ _TRANSIENT = (SAVED, WORKING, HEAD)
 
 def budget_bytes(device: Device) -> int:
     """Bytes that one device has for a run."""
-    return device.memory_bytes - (CONTEXT_BYTES if device.type == "cuda" else 0)
+    return max(0, device.memory_bytes - (CONTEXT_BYTES if device.type == "cuda" else 0))
 
 
 def workspace_bytes(device: Device) -> int:
@@ -40,6 +39,6 @@ def workspace_bytes(device: Device) -> int:
 
 
 def margin_bytes(peak: Peak) -> int:
-    """Bytes to leave free for holes between tensors; a CPU run whose memory is short has none."""
+    """Bytes to leave free for holes between tensors."""
     transient = sum(peak.parts.get(part, 0) for part in _TRANSIENT)
     return int(FRAGMENTATION_SHARE * transient)

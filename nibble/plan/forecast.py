@@ -1,7 +1,8 @@
 """What each way to run would need: memory and time, from simulations of a shortened model.
 
 Decoder layers repeat, so every part of memory is linear in their number; two simulations with few
-layers give the line. Models of another kind are simulated whole.
+layers give the line. Models of another kind are simulated whole. Where rows per pass are to be
+chosen, a third simulation with the most of them says what grows with rows and what does not.
 """
 
 from collections import Counter
@@ -11,20 +12,24 @@ from functools import cache
 from typing import Any
 
 from nibble.config import RunConfig
+from nibble.kernels.cross_entropy import CHUNK_ROWS
 from nibble.model.families import family_of
 from nibble.model.skeleton import build_config
 from nibble.plan.budget import margin_bytes, workspace_bytes
 from nibble.plan.devices import Device
 from nibble.plan.estimate import Rates, rates_of, work_seconds
-from nibble.plan.rows import Rows
+from nibble.plan.rows import Documents, Rows
 from nibble.plan.simulate import Shape, Simulation, highest, simulate
-from nibble.plan.tracker import Operation, Peak
-from nibble.plan.watch import SAVED, WORKING
+from nibble.plan.tracker import HEAD, Operation, Peak
 
 # Below so many layers other moments are the highest than with many; offload keeps two inputs here.
 FEWEST_LAYERS = {"none": 2, "selective": 2, "full": 2, "offload": 3}
 LIBRARIES = "workspace of libraries"
 CORRECTION = "learned correction"
+# Tokens of the widest pass that is simulated; wider ones lie on the same line.
+WIDE_TOKENS = 4096
+# Different lengths of documents that a simulation goes through.
+MOST_LENGTHS = 8
 # Phases whose transient parts grow with the rows of a forward pass.
 _PASS = ("forward", "backward")
 
@@ -108,6 +113,7 @@ def forecaster(run: RunConfig, values: dict[str, Any], rows: Rows, device: Devic
     whole = exact_forecast(run, values, rows, device)
     set_size = run.train.micro_batch_size
     fewest = 1 if set_size == "auto" else int(set_size)
+    most = max(s for s, docs in rows.worst.items() if s <= 2 * fewest or sum(docs) <= WIDE_TOKENS)
 
     @cache
     def simulated(option: Option, num_layers: int) -> Simulation:
@@ -118,11 +124,17 @@ def forecaster(run: RunConfig, values: dict[str, Any], rows: Rows, device: Devic
         lengths = _short_lengths(values, FEWEST_LAYERS[option.recompute])
         if lengths[1] >= total:
             return whole(option)
-        single = replace(option, micro_batch_size=fewest)
+        # In a full fine-tune the highest moment is another one with more rows: no line leads there.
+        base = option.micro_batch_size if option.method == "full" else fewest
+        single, largest = (replace(option, micro_batch_size=size) for size in (base, most))
         first, second = (simulated(single, length) for length in lengths)
         long = _extended(first, second, (total - lengths[0]) / (lengths[1] - lengths[0]))
-        scale = sum(rows.worst[option.micro_batch_size]) / sum(rows.worst[fewest])
-        return _forecast(run, rows, option, _scaled(long, scale), (device, rates))
+        if option.micro_batch_size > base:
+            sizes = (fewest, option.micro_batch_size, most)
+            tokens = [sum(rows.worst[size]) for size in sizes]
+            wide = simulated(largest, lengths[0])
+            long = _widened(long, first, wide, _share(tokens), _head_share(tokens, rows))
+        return _forecast(run, rows, option, long, (device, rates))
 
     return forecast
 
@@ -144,8 +156,8 @@ def exact_forecast(
 def _simulate(
     run: RunConfig, values: dict[str, Any], rows: Rows, option: Option, device: Device
 ) -> Simulation:
-    documents = rows.worst[option.micro_batch_size]
-    shape = Shape((documents,), rows.eval_documents, rows.target_share)
+    documents = few_lengths(rows.worst[option.micro_batch_size])
+    shape = Shape((documents,), few_lengths(rows.eval_documents), rows.target_share)
     chosen = run.with_values(option.settings(), "planner")
     return simulate(chosen, values, shape, device=device.type)
 
@@ -249,25 +261,85 @@ def _extended(first: Simulation, second: Simulation, times: float) -> Simulation
     )
 
 
-def _scaled(simulation: Simulation, scale: float) -> Simulation:
-    """The same for `scale` times as many tokens in a forward pass."""
-    if scale == 1:
-        return simulation
-    phases = dict(simulation.phases)
+def _share(numbers: list[int]) -> float:
+    """Where the second of three numbers lies between the others; above 1 where beyond them."""
+    low, middle, high = numbers
+    return (middle - low) / (high - low) if high > low else 1.0
+
+
+def _head_share(tokens: list[int], rows: Rows) -> float:
+    """The same for the rows of logits that exist at once."""
+    return _share([min(CHUNK_ROWS, max(1, round(rows.target_share * n))) for n in tokens])
+
+
+def _widened(
+    long: Simulation, short: Simulation, wide: Simulation, share: float, head_share: float
+) -> Simulation:
+    """`long` with more rows a pass.
+
+    Args:
+        short: Few layers and as many rows as `long` has.
+        wide: As many layers as `short` has and the most rows.
+        share: Where the tokens asked for lie between those two; above 1 where beyond them.
+        head_share: The same for the rows of logits that exist at once.
+    """
+
+    def grown(size: int, few: int, many: int, share: float = share) -> int:
+        """`size` grown as the part of the short model grows."""
+        return round(size * (1 + share * (many / few - 1))) if few else round(share * many)
+
+    phases = dict(long.phases)
     for name in _PASS:
-        parts = dict(phases[name].parts)
-        for part in (SAVED, WORKING):
-            parts[part] = round(parts.get(part, 0) * scale)
-        phases[name] = Peak(sum(parts.values()), parts)
-    work = dict(simulation.work)
-    for name in _PASS:
-        work[name] = Counter()
-        for operation, count in simulation.work[name].items():
-            is_fixed = operation.kind == "decode"
-            factor = 1 if is_fixed else scale
-            grown = Operation(
-                operation.kind, round(operation.flops * factor), round(operation.bytes * factor)
+        few, many = short.phases[name].parts, wide.phases[name].parts
+        parts = {
+            part: grown(
+                long.phases[name].parts.get(part, 0),
+                few.get(part, 0),
+                many.get(part, 0),
+                head_share if part == HEAD else share,
             )
-            work[name][grown] += count
-    offloaded_bytes = round(simulation.offloaded_bytes * scale)
-    return replace(simulation, phases=phases, work=work, offloaded_bytes=offloaded_bytes)
+            for part in {**long.phases[name].parts, **many}
+        }
+        phases[name] = Peak(sum(parts.values()), parts)
+    work = dict(long.work)
+    for name in _PASS:
+        few, many = (_by_kind(simulation.work[name]) for simulation in (short, wide))
+        work[name] = Counter()
+        for operation, count in long.work[name].items():
+            (few_flops, few_bytes), (many_flops, many_bytes) = (
+                few[operation.kind],
+                many[operation.kind],
+            )
+            larger = Operation(
+                operation.kind,
+                grown(operation.flops, few_flops, many_flops),
+                grown(operation.bytes, few_bytes, many_bytes),
+            )
+            work[name][larger] += count
+    offloaded = grown(long.offloaded_bytes, short.offloaded_bytes, wide.offloaded_bytes)
+    return replace(long, phases=phases, work=work, offloaded_bytes=offloaded)
+
+
+def _by_kind(work: Counter[Operation]) -> dict[str, tuple[int, int]]:
+    """FLOPs and bytes of each kind of operation."""
+    sums: dict[str, tuple[int, int]] = {}
+    for operation, count in work.items():
+        flops, num_bytes = sums.get(operation.kind, (0, 0))
+        sums[operation.kind] = flops + count * operation.flops, num_bytes + count * operation.bytes
+    return sums
+
+
+def few_lengths(documents: Documents) -> Documents:
+    """As many documents and tokens with few different lengths: a simulation goes through each.
+
+    >>> few_lengths((3, 1, 2, 2))
+    (3, 2, 2, 1)
+    """
+    ordered = sorted(documents, reverse=True)
+    size = max(1, -(-len(ordered) // MOST_LENGTHS))
+    found: list[int] = []
+    for start in range(0, len(ordered), size):
+        part = ordered[start : start + size]
+        length, left = divmod(sum(part), len(part))
+        found += [length + 1] * left + [length] * (len(part) - left)
+    return tuple(found)

@@ -34,8 +34,9 @@ def changes_that_fit(
         return would_fit(run.with_values(change, "planner"))
 
     found: list[Change] = []
-    for kind in _kinds(run, is_base_too_large=is_base_too_large):
-        smallest = _smallest(kind, fits)
+    for kind in _kinds(run, found, is_base_too_large=is_base_too_large):
+        known = [change for change in kind if not any(f.items() <= change.items() for f in found)]
+        smallest = _smallest(known, fits)
         if smallest:
             found.append(smallest)
         if len(found) == _MOST:
@@ -43,8 +44,13 @@ def changes_that_fit(
     return [", ".join(f"{k}={v}" for k, v in change.items()) for change in found]
 
 
-def _kinds(run: RunConfig, *, is_base_too_large: bool) -> Iterator[list[Change]]:
-    """Changes of each kind, the smallest first; of one kind each asks for more than the last."""
+def _kinds(
+    run: RunConfig, found: list[Change], *, is_base_too_large: bool
+) -> Iterator[list[Change]]:
+    """Changes of each kind, the smallest first; of one kind each asks for more than the last.
+
+    Several kinds at once only where none alone was `found`.
+    """
     flat = run.flat()
     # What is set to the least memory already stays.
     given = {key: value for key, value in _OPEN.items() if flat[key] not in (value, True, 1)}
@@ -57,19 +63,28 @@ def _kinds(run: RunConfig, *, is_base_too_large: bool) -> Iterator[list[Change]]
         yield [{"method": "qlora"}, *([{"method": "qlora", **given}] if given else [])]
     if is_base_too_large:
         return
-    shorter = [run.data.max_seq_len >> halvings for halvings in range(1, 15)]
-    lengths = [{"data.max_seq_len": length} for length in shorter if length >= _SHORTEST]
-    yield lengths
+    halved = [{"lora.rank": rank} for rank in _halvings(run.lora.rank, 1)]
+    shorter = [{"data.max_seq_len": n} for n in _halvings(run.data.max_seq_len, _SHORTEST)]
     if run.method != "full":
-        rank = max(1, run.lora.rank // 4)
-        yield [{"lora.rank": rank, **length} for length in lengths]
+        yield halved
+    yield shorter
+    if run.method != "full" and halved and not found:
+        yield [{**halved[-1], **given, **change} for change in shorter]
+
+
+def _halvings(number: int, smallest: int) -> list[int]:
+    return [number >> times for times in range(1, 24) if number >> times >= smallest]
 
 
 def _smallest(changes: list[Change], fits: Callable[[Change], bool]) -> Change | None:
     """The first that fits, where all after one that fits do as well."""
-    if not changes or not fits(changes[-1]):
+    # Mostly the first or the second is enough, and each question costs a simulation.
+    for change in changes[:2]:
+        if fits(change):
+            return change
+    if len(changes) < 3 or not fits(changes[-1]):
         return None
-    low, high = 0, len(changes) - 1
+    low, high = 2, len(changes) - 1
     while low < high:
         middle = (low + high) // 2
         if fits(changes[middle]):

@@ -23,7 +23,7 @@ from nibble.model.load import load_tokenizer
 from nibble.model.skeleton import build_config
 from nibble.plan.advise import Choice, Question, advise, pace
 from nibble.plan.budget import CONTEXT_BYTES
-from nibble.plan.devices import Device, find_device
+from nibble.plan.devices import Device, find_device, with_measured_rates
 from nibble.plan.estimate import cost
 from nibble.plan.forecast import CORRECTION, Forecast
 from nibble.plan.presets import preset_config, preset_names, preset_short_names
@@ -151,7 +151,8 @@ def make_plan(
         ModelError: If the model's config is broken.
         DataError: If the data cannot be used.
     """
-    device = _available(find_device(device) if isinstance(device, str) else device)
+    device = find_device(device) if isinstance(device, str) else device
+    device = with_measured_rates(_available(device))
     values = model_values(run)
     dataset = _read_data(run)
     rows = rows_of(dataset, run) if dataset else full_rows(run)
@@ -160,6 +161,8 @@ def make_plan(
     choice = advise(question)
     plan = _plan(question, choice, charge or Charge(device.price_per_hour))
     notes = list(_notes(question, has_data=dataset is not None))
+    if charge is not None and plan.cost is None:
+        notes.append("No cost: it takes a device of known rates and price, and a number of steps.")
     plan = replace(plan, reasons=[*plan.reasons, *notes])
     if dataset is not None:
         plan = replace(plan, data=_summary(dataset, rows, choice, run))
@@ -178,6 +181,9 @@ def _notes(question: Question, *, has_data: bool) -> Iterator[str]:
         )
     if getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None):
         yield f"Tokens are taken to spread evenly over up to {MOST_EXPERTS} experts."
+    most, length = getattr(config, "max_position_embeddings", None), question.run.data.max_seq_len
+    if most and length > most:
+        yield f"The model knows {most:,} positions and rows may have {length:,} tokens."
     if question.run.data.train and not has_data:
         yield "The data was not read: that needs the folder of the model with its tokenizer."
     if question.device.count > 1:
@@ -279,11 +285,13 @@ def _runner_up(question: Question, chosen: Forecast, other: Forecast) -> RunnerU
 
 
 def _disk_bytes(forecast: Forecast) -> int:
-    """The checkpoints that are kept, and the adapter: trained values in float32 or less."""
+    """The checkpoints that are kept, and the adapter or the whole model."""
     parts = forecast.phases["optimizer"].parts
     state = parts.get(MOMENTS, 0) + forecast.paged_bytes
     trained = parts.get(ADAPTERS, 0) or parts.get(GRADIENTS, 0)
-    return NUM_KEPT * (state + trained) + trained
+    # A whole model is written in 16 bits.
+    result = trained // 2 if forecast.option.method == "full" else trained
+    return NUM_KEPT * (state + trained) + result
 
 
 def _summary(dataset: Dataset, rows: Rows, choice: Choice, run: RunConfig) -> DataSummary:

@@ -123,13 +123,13 @@ class MemoryTracker(TorchDispatchMode):
             self._see(tensor)
             self._relabel(tensor.untyped_storage()._cdata, label)
 
-    def count_kernel(self, num_bytes: int, num_parts: int) -> None:
-        """Count a kernel that makes a stored weight, or one of its parts, dense.
+    def count_kernel(self, kind: str, flops: int, num_bytes: int, num_parts: int) -> None:
+        """Count a kernel that works on one of so many parts of its input.
 
         Of many experts only some are gone through; each of them stands for several.
         """
         times = max(1, num_parts // MOST_EXPERTS)
-        self.work[self._phase][Operation("decode", 0, num_bytes)] += times
+        self.work[self._phase][Operation(kind, flops, num_bytes)] += times
 
     def count_scratch(self, num_bytes: int) -> None:
         """Count memory that lives only within the operation that runs now."""

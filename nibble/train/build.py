@@ -10,6 +10,7 @@ from torch import nn
 
 from nibble.config import RunConfig
 from nibble.model.adapt import adapt
+from nibble.model.lean import use_lean_layers
 from nibble.model.load import build_storage
 from nibble.model.place import Storage
 from nibble.model.recompute import apply_recompute
@@ -49,5 +50,6 @@ def equip(model: nn.Module, run: RunConfig) -> AdamW:
             dtype=getattr(torch, run.lora.dtype),
             generator=torch.Generator().manual_seed(run.train.seed),
         )
+        use_lean_layers(model)
     apply_recompute(model, run.train.recompute)
     return build_optimizer(model, run.optim)

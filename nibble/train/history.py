@@ -4,6 +4,7 @@ One line of JSON a run in the user's cache folder; nothing leaves the machine.
 """
 
 import json
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -79,7 +80,8 @@ def summary(records: Sequence[dict[str, Any]]) -> dict[str, float]:
 def _parsed(line: str) -> dict[str, Any] | None:
     try:
         entry = json.loads(line)
-        is_whole = all(entry[key] > 0 for key in ("predicted_bytes", "measured_bytes"))
+        sizes = (entry["predicted_bytes"], entry["measured_bytes"])
+        is_whole = all(size > 0 and math.isfinite(size) for size in sizes)
         is_named = all(isinstance(entry[key], str) for key in ("device", "method", "model"))
         is_named = is_named and isinstance(entry["is_comparable"], bool)
     except (ValueError, KeyError, TypeError):

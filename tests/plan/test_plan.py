@@ -243,14 +243,15 @@ class TestDevice:
         assert error.exit_code == 78
         assert error.what == " ".join(plan.reasons)
         assert all(change in error.fix for change in plan.changes)
-        assert len(plan.changes) >= 2
+        assert plan.changes
         assert "--anyway" in error.fix
 
     def test_the_cpu_offers_what_is_free(self, tiny_model_folder, monkeypatch):
         monkeypatch.setattr("nibble.plan.plan.available_bytes", lambda device: 3 * GB)
         plan, _ = make_plan(config(tiny_model_folder("llama"), *SMALL), "cpu")
         assert plan.budget_bytes == 3 * GB
-        assert (plan.step_seconds, plan.cost) == (None, None)
+        assert plan.step_seconds > 0
+        assert plan.cost is None
 
     def test_an_unknown_device_is_refused(self, tiny_model_folder):
         with pytest.raises(UsageError, match="unknown device"):

@@ -276,6 +276,6 @@ class TestOperations:
     def test_a_kernel_of_many_parts_stands_for_several(self, num_parts, times):
         tracker = MemoryTracker()
         tracker.begin("step")
-        tracker.count_kernel(1000, num_parts)
+        tracker.count_kernel("decode", 0, 1000, num_parts)
         assert tracker.work["step"] == {Operation("decode", 0, 1000): times}
         assert times == max(1, num_parts // MOST_EXPERTS)

@@ -1,0 +1,62 @@
+"""Norms and feed-forward parts of the known families, in the form that keeps the least.
+
+A layer then keeps 4D + 2KV + 2F values a token: its two inputs of norms, queries, keys, values,
+the output of attention, gate and up. Layers of other kinds stay as transformers has them.
+"""
+
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from nibble.kernels.layers import gated, rms_norm
+
+# Whether the weight of a norm counts from one.
+_UNIT_OFFSET = {
+    "LlamaRMSNorm": False, "MistralRMSNorm": False, "MixtralRMSNorm": False,
+    "Qwen2RMSNorm": False, "Qwen3RMSNorm": False, "Qwen3MoeRMSNorm": False,
+    "Phi3RMSNorm": False, "GemmaRMSNorm": True, "Gemma2RMSNorm": True, "Gemma3RMSNorm": True,
+}  # fmt: skip
+# What transformers calls the activations that `gated` knows.
+_ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+
+
+def _norm(module: Any, unit_offset: bool, x: Tensor) -> Tensor:
+    eps = module.eps if unit_offset else module.variance_epsilon
+    return rms_norm(x, module.weight, eps, unit_offset=unit_offset)
+
+
+def _feed_forward(module: Any, activation: str, x: Tensor) -> Tensor:
+    return module.down_proj(gated(module.gate_proj(x), module.up_proj(x), activation))
+
+
+def _fused_feed_forward(module: Any, activation: str, x: Tensor) -> Tensor:
+    gate, up = module.gate_up_proj(x).chunk(2, dim=-1)
+    return module.down_proj(gated(gate, up, activation))
+
+
+_GATED = {
+    **dict.fromkeys(
+        ("LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP", "Qwen3MoeMLP"), _feed_forward
+    ),
+    **dict.fromkeys(("GemmaMLP", "Gemma2MLP", "Gemma3MLP"), _feed_forward),
+    "Phi3MLP": _fused_feed_forward,
+}
+
+
+def use_lean_layers(model: nn.Module) -> None:
+    """Give frozen norms and gated feed-forward parts of `model` their lean form, in place."""
+    for module in model.modules():
+        name = type(module).__name__
+        if name in _UNIT_OFFSET:
+            module.forward = partial(_norm, module, _UNIT_OFFSET[name])
+        elif name in _GATED:
+            activation = _activation(module)
+            if activation is not None:
+                module.forward = partial(_GATED[name], module, activation)
+
+
+def _activation(module: Any) -> str | None:
+    config = module.config
+    name = getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", None)
+    return _ACTIVATIONS.get(str(name))

@@ -1,0 +1,81 @@
+"""Lean layers change what is kept, not what is computed."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from nibble.model.adapt import adapt
+from nibble.model.families import head_of, hidden_states
+from nibble.model.lean import use_lean_layers
+from nibble.model.load import load_base
+from nibble.model.recompute import apply_recompute
+
+FAMILIES = (
+    "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "phi3", "mixtral",
+    "qwen3_moe", "falcon-7b",
+)  # fmt: skip
+UNCHANGED = {"falcon-7b"}  # layer norms and no gate
+LENGTHS = (5, 12, 7)
+
+
+def outcome(folder, *, is_lean, recompute="none", dtype=torch.float32):
+    torch.manual_seed(0)
+    model, _ = load_base(str(folder), "float32" if dtype == torch.float32 else "bf16")
+    adapt(model, rank=4, generator=torch.Generator().manual_seed(0))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(generator=torch.Generator().manual_seed(1), std=0.1)
+    if is_lean:
+        use_lean_layers(model)
+    apply_recompute(model, recompute)
+    model.train()
+    ends = torch.tensor([0, *LENGTHS]).cumsum(0)
+    generator = torch.Generator().manual_seed(2)
+    batch = SimpleNamespace(
+        input_ids=torch.randint(5, 261, (1, sum(LENGTHS)), generator=generator),
+        position_ids=torch.cat([torch.arange(length) for length in LENGTHS])[None],
+        cu_seq_lens=ends.to(torch.int32),
+    )
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        logits = head_of(model).logits(hidden_states(model, batch))
+    logits.float().square().mean().backward()
+    gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    return logits.detach(), gradients, sum(kept.values())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("recompute", ["none", "full", "selective"])
+def test_same_values_and_less_kept(tiny_model_folder, family, recompute):
+    folder = tiny_model_folder(family)
+    plain, lean = (outcome(folder, is_lean=x, recompute=recompute) for x in (False, True))
+    torch.testing.assert_close(lean[0], plain[0], rtol=1e-5, atol=1e-5)
+    assert lean[1].keys() == plain[1].keys()
+    for name, gradient in plain[1].items():
+        torch.testing.assert_close(lean[1][name], gradient, rtol=2e-4, atol=1e-6)
+    if recompute == "none" and family not in UNCHANGED:
+        assert lean[2] < plain[2]
+    elif recompute == "none":
+        assert lean[2] == plain[2]
+
+
+def test_a_layer_keeps_the_floor(tiny_model_folder):
+    """4D + 2KV + 2F values a token and layer, beside what does not grow with layers."""
+    folder = tiny_model_folder("llama")
+    config = AutoModelForCausalLM.from_pretrained(folder).config
+    head = config.hidden_size // config.num_attention_heads
+    floor = 4 * config.hidden_size + 2 * config.num_key_value_heads * head
+    floor += 2 * config.intermediate_size
+    _, _, kept = outcome(folder, is_lean=True, dtype=torch.bfloat16)
+    _, _, plain = outcome(folder, is_lean=False, dtype=torch.bfloat16)
+    least = sum(LENGTHS) * 2 * floor * config.num_hidden_layers
+    assert kept < plain
+    assert kept >= least
