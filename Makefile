@@ -31,6 +31,8 @@ docs: $(INSTALLED)-test
 
 bench: $(INSTALLED)-test
 	$(BIN)/python benchmarks/nf4_cpu.py
+	$(BIN)/python benchmarks/cpu_attention.py
+	$(BIN)/python benchmarks/vs_peers.py
 	$(BIN)/python benchmarks/held_out_loss.py
 
 # Eight minutes at most on one GPU: the tests marked gpu, the main job, then the planner.
