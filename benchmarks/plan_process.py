@@ -39,7 +39,7 @@ SHAPES = {
 CASES = (
     ("llama-wide", "lora", "none", 1024, 1),
     ("llama-wide", "lora", "full", 1024, 2),
-    ("llama-wide", "qlora", "none", 1024, 1),
+    ("llama-wide", "qlora", "none", 2048, 1),
     ("llama-wide", "qlora", "selective", 2048, 1),
     ("llama-wide", "full", "full", 512, 1),
     ("llama-deep", "lora", "selective", 1024, 1),
