@@ -1,6 +1,5 @@
 """`nibble plan`: LoRA or QLoRA on a device, every byte predicted, nothing loaded."""
 
-from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -62,8 +61,8 @@ def plan(
         _check_plot(plot)
     charge = None
     if price is not None or billing:
-        charge = Charge(chosen.price_per_hour if price is None else price)
-        charge = replace(charge, billing=billing) if billing else charge
+        price = chosen.price_per_hour if price is None else price
+        charge = Charge(price, billing or Charge.billing)
     with progress.working("planning"):
         made, _ = make_plan(run, chosen, charge=charge)
     if as_json:

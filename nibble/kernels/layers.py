@@ -8,6 +8,7 @@ does not have to keep it either.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -71,7 +72,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, unit_offset: bool) -> Ten
     """
     y: Any
     y, rstd = _RMSNorm.apply(x, weight, eps, unit_offset)  # pyright: ignore[reportGeneralTypeIssues]
-    make = _scaled_before if unit_offset else _scaled_after
+    make = partial(_scaled, unit_offset=unit_offset)
     return _with_recipe(y, Recipe(Maker(make), (x, weight, rstd)))
 
 
@@ -88,7 +89,7 @@ def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
         Shazeer 2020, arXiv:2002.05202, equation 6.
     """
     y: Any = _Gated.apply(gate, up, activation)
-    make = _silu_gated if activation == "silu" else _gelu_gated
+    make = partial(_product, activation=activation)
     return _with_recipe(y, Recipe(Maker(make), (gate, up)))
 
 
@@ -120,11 +121,10 @@ class _RMSNorm(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, eps: float, unit_offset: bool
     ) -> tuple[Tensor, Tensor]:
         rstd = torch.rsqrt(_wide(x).pow_(2).mean(-1, keepdim=True).add_(eps))
-        make = _scaled_before if unit_offset else _scaled_after
         ctx.save_for_backward(x, weight, rstd)
         ctx.unit_offset = unit_offset
         ctx.mark_non_differentiable(rstd)
-        return make(x, weight, rstd), rstd
+        return _scaled(x, weight, rstd, unit_offset), rstd
 
     @staticmethod
     @once_differentiable
@@ -148,7 +148,7 @@ class _Gated(torch.autograd.Function):
     def forward(ctx: Any, gate: Tensor, up: Tensor, activation: str) -> Tensor:
         ctx.save_for_backward(gate, up)
         ctx.activation = activation
-        return _activated(gate, activation).mul_(up)
+        return _product(gate, up, activation)
 
     @staticmethod
     @once_differentiable
@@ -172,17 +172,12 @@ def _activated(gate: Tensor, activation: str) -> Tensor:
     return F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")
 
 
-def _scaled_after(x: Tensor, weight: Tensor, rstd: Tensor) -> Tensor:
-    return _wide(x).mul_(rstd).to(x.dtype) * weight
+def _scaled(x: Tensor, weight: Tensor, rstd: Tensor, unit_offset: bool) -> Tensor:
+    normed = _wide(x).mul_(rstd)
+    if unit_offset:
+        return normed.mul_(1.0 + weight.float()).to(x.dtype)
+    return normed.to(x.dtype) * weight
 
 
-def _scaled_before(x: Tensor, weight: Tensor, rstd: Tensor) -> Tensor:
-    return _wide(x).mul_(rstd).mul_(1.0 + weight.float()).to(x.dtype)
-
-
-def _silu_gated(gate: Tensor, up: Tensor) -> Tensor:
-    return _activated(gate, "silu").mul_(up)
-
-
-def _gelu_gated(gate: Tensor, up: Tensor) -> Tensor:
-    return _activated(gate, "gelu_tanh").mul_(up)
+def _product(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    return _activated(gate, activation).mul_(up)

@@ -35,13 +35,11 @@ def _fused_feed_forward(module: Any, activation: str, x: Tensor) -> Tensor:
     return module.down_proj(gated(gate, up, activation))
 
 
-_GATED = {
-    **dict.fromkeys(
-        ("LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP", "Qwen3MoeMLP"), _feed_forward
-    ),
-    **dict.fromkeys(("GemmaMLP", "Gemma2MLP", "Gemma3MLP"), _feed_forward),
-    "Phi3MLP": _fused_feed_forward,
-}
+_SEPARATE = (
+    "LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP", "Qwen3MoeMLP", "GemmaMLP", "Gemma2MLP",
+    "Gemma3MLP",
+)  # fmt: skip
+_GATED = {**dict.fromkeys(_SEPARATE, _feed_forward), "Phi3MLP": _fused_feed_forward}
 
 
 def use_lean_layers(model: nn.Module) -> None:
