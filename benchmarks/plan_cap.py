@@ -15,7 +15,7 @@ import tempfile
 from itertools import product
 from pathlib import Path
 
-from plan_process import DENSE, SHAPES, write_model, write_text
+from plan_process import DENSE, prepare
 
 MARGIN = 0.10
 CASES = [
@@ -50,9 +50,7 @@ def main() -> int:
     failed = 0
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        write_text(work / "text.txt")
-        for shape, values in SHAPES.items():
-            write_model(work / shape, values)
+        prepare(work)
         for number, (shape, method, recompute, length) in enumerate(CASES):
             settings = [
                 f"method={method}", f"train.recompute={recompute}", f"data.max_seq_len={length}",

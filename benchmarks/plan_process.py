@@ -73,6 +73,13 @@ def write_text(path: Path) -> None:
     path.write_text(" ".join(f"w{draw.randrange(2, VOCAB_SIZE)}" for _ in range(40_000)))
 
 
+def prepare(work: Path) -> None:
+    """The models of `SHAPES` and a text, in a folder."""
+    write_text(work / "text.txt")
+    for shape, values in SHAPES.items():
+        write_model(work / shape, values)
+
+
 def measure(work: Path, case: tuple) -> dict:
     shape, method, recompute, length, size = case
     settings = [
@@ -105,9 +112,7 @@ def main() -> int:
     worst = 0.0
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        write_text(work / "text.txt")
-        for shape, values in SHAPES.items():
-            write_model(work / shape, values)
+        prepare(work)
         for case in CASES:
             end = measure(work, case)
             predicted = end["predicted_peak_memory_bytes"] / 1e6
