@@ -4,8 +4,8 @@
     matrices    as many (document, head) pairs at once as keep a block in the cache of a core
     backward    scores are computed again; dK and dV are summed in float32 over the blocks
 
-torch's fused attention takes two to four times as long: its blocks are too small for products
-in bfloat16. Memory beside inputs and outputs does not grow with the square of the length.
+torch's fused attention takes one and a half to three times as long: its blocks are too small for
+products in bfloat16. Memory beside inputs and outputs does not grow with the square of the length.
 """
 
 from collections.abc import Iterator
