@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from nibble.kernels.layers_cpu import library_for
 from nibble.kernels.target import device_type, is_fake, report_kernel
 
 aten: Any = torch.ops.aten
@@ -87,13 +88,10 @@ class _BlockedAttention(torch.autograd.Function):
             for rows in blocks.rows():
                 seen = slice(0, rows.stop)
                 q_rows, g_rows = q[:, :, rows], g[:, :, rows].flatten(1, 2)
-                p = blocks.probabilities(q_rows, k[:, seen])
+                p, grad_s = blocks.gradients(q_rows, k[:, seen], g_rows, v[:, seen])
                 sum_v[:, seen] += torch.bmm(p.mT, g_rows)
-                grad_p = torch.bmm(g_rows, v[:, seen].mT, out=blocks.scores_like(p))
-                grad_s = aten._softmax_backward_data(grad_p, p, -1, p.dtype)
-                product = torch.bmm(grad_s, k[:, seen]).mul_(ctx.scale)
-                grad_q[pairs, :, rows] = product.view_as(q_rows)
-                sum_k[:, seen] += torch.bmm(grad_s.mT, blocks.scaled(q_rows))
+                grad_q[pairs, :, rows] = torch.bmm(grad_s, k[:, seen]).view_as(q_rows)
+                sum_k[:, seen] += torch.bmm(grad_s.mT, q_rows.flatten(1, 2))
             grad_k[pairs], grad_v[pairs] = sum_k, sum_v
         return grad_q.view(query.shape), grad_k.view(key.shape), grad_v.view(value.shape), None
 
@@ -105,14 +103,13 @@ class _Blocks:
     """
 
     def __init__(self, q_MRLK: Tensor, scale: float, *, num_products: int) -> None:
-        self._scale = scale
         self._num_pairs, self._repeats, self._length, width = q_MRLK.shape
         self._rows = min(self._length, max(1, BLOCK_ROWS // self._repeats))
         num_values = self._repeats * self._rows * self._length
         self._pairs = min(self._num_pairs, max(torch.get_num_threads(), BLOCK_VALUES // num_values))
-        self._scores = q_MRLK.new_empty(self._pairs * num_values)
-        self._probabilities = torch.empty_like(self._scores)
+        self._scores, self._others = (q_MRLK.new_empty(self._pairs * num_values) for _ in range(2))
         self._mask = q_MRLK.new_full((self._rows, self._rows), -torch.inf).triu_(1)
+        self._scale, self._library = scale, library_for(q_MRLK)
         self._is_fake = is_fake(q_MRLK)
         if self._is_fake:
             # Causal: half of all scores.
@@ -131,23 +128,33 @@ class _Blocks:
         for start in starts[-1:] if self._is_fake else starts:
             yield slice(start, min(start + self._rows, self._length))
 
-    def scaled(self, q: Tensor) -> Tensor:
-        """(M, R, rows, K) -> scale q, (M, R * rows, K)."""
-        return q.reshape(len(q), -1, q.shape[-1]) * self._scale
-
     def probabilities(self, q: Tensor, k: Tensor) -> Tensor:
         """softmax of the masked scores of a block, (M, R * rows, keys)."""
         num_rows, num_keys = q.shape[2], k.shape[1]
-        shape = (len(k), self._repeats * num_rows, num_keys)
-        p = _first(self._probabilities, shape)
-        scores = torch.bmm(self.scaled(q), k.mT, out=self.scores_like(p))
-        at_diagonal = scores.view(len(k), self._repeats, num_rows, num_keys)[..., -num_rows:]
-        at_diagonal.add_(self._mask[:num_rows, :num_rows])
-        return aten._softmax.out(scores, -1, False, out=p)
+        scores = torch.bmm(q.flatten(1, 2), k.mT, out=self._block(self._scores, q, k))
+        by_head = scores.view(-1, num_rows, num_keys)
+        if self._library is not None:
+            self._library.attend_(by_head, self._scale)
+            return scores
+        by_head.mul_(self._scale)[..., -num_rows:].add_(self._mask[:num_rows, :num_rows])
+        return aten._softmax.out(scores, -1, False, out=self._block(self._others, q, k))
 
-    def scores_like(self, p: Tensor) -> Tensor:
-        """The memory of scores, in the shape of p."""
-        return _first(self._scores, p.shape)
+    def gradients(self, q: Tensor, k: Tensor, grad_y: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """The probabilities of a block, and the gradient of q k^T."""
+        if self._library is None:
+            p = self.probabilities(q, k)
+            grad_p = torch.bmm(grad_y, v.mT, out=self._block(self._scores, q, k))
+            return p, aten._softmax_backward_data(grad_p, p, -1, p.dtype).mul_(self._scale)
+        p = torch.bmm(q.flatten(1, 2), k.mT, out=self._block(self._scores, q, k))
+        grad_s = torch.bmm(grad_y, v.mT, out=self._block(self._others, q, k))
+        by_head = -1, q.shape[2], k.shape[1]
+        self._library.attend_gradient_(p.view(by_head), grad_s.view(by_head), self._scale)
+        return p, grad_s
+
+    def _block(self, memory: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        """(M, R * rows, keys) in the first values of a flat buffer."""
+        shape = len(k), self._repeats * q.shape[2], k.shape[1]
+        return memory[: shape[0] * shape[1] * shape[2]].view(shape)
 
 
 def _matrices(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -156,8 +163,3 @@ def _matrices(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor
     repeats = query.shape[1] // key.shape[1]
     q = query.reshape(-1, repeats, length, width)
     return q, key.reshape(-1, length, width), value.reshape(-1, length, width)
-
-
-def _first(memory: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """The first values of a flat buffer in this shape."""
-    return memory[: shape[0] * shape[1] * shape[2]].view(shape)

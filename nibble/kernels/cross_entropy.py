@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from nibble.kernels.layers_cpu import library_for
 from nibble.kernels.target import device_type
 
 IGNORED = -100
@@ -184,6 +185,10 @@ def _shaped(raw: Tensor, shape: _Shape) -> Tensor:
 
 def _loss_and_gradient_(logits_CV: Tensor, labels_C: Tensor, shape: _Shape) -> Tensor:
     """The summed loss; `logits_CV` then holds its gradient with respect to the raw product."""
+    library = library_for(logits_CV)
+    if library is not None:
+        loss = library.head_(logits_CV, labels_C, shape.logit_scale, shape.softcap)
+        return torch.tensor(loss, dtype=torch.float32)
     loss = torch.zeros((), device=logits_CV.device)
     for raw, label in _tiles(logits_CV, labels_C):
         logits = _shaped(raw, shape)

@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from nibble.kernels.layers_cpu import Library, library_for
+
 aten: Any = torch.ops.aten
 ACTIVATIONS = ("silu", "gelu_tanh")
 
@@ -120,17 +122,26 @@ class _RMSNorm(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, eps: float, unit_offset: bool
     ) -> tuple[Tensor, Tensor]:
-        rstd = torch.rsqrt(_wide(x).pow_(2).mean(-1, keepdim=True).add_(eps))
+        library = library_for(x, weight)
+        if library is not None:
+            y, rstd = library.norm(x, weight, eps, unit_offset)
+        else:
+            rstd = torch.rsqrt(_wide(x).pow_(2).mean(-1, keepdim=True).add_(eps))
+            y = _scaled(x, weight, rstd, unit_offset)
         ctx.save_for_backward(x, weight, rstd)
         ctx.unit_offset = unit_offset
         ctx.mark_non_differentiable(rstd)
-        return _scaled(x, weight, rstd, unit_offset), rstd
+        return y, rstd
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """grad_x = rstd (s - n mean(s n)) with s = grad_y * scale and n = x * rstd."""
         x, weight, rstd = ctx.saved_tensors
+        library = library_for(x, weight, grads[0])
+        if library is not None:
+            grad_x = library.norm_gradient(x, weight, rstd, grads[0], ctx.unit_offset)
+            return grad_x, None, None, None
         if ctx.unit_offset:
             scaled = grads[0].float() * (1.0 + weight.float())
         else:
@@ -155,6 +166,9 @@ class _Gated(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         gate, up = ctx.saved_tensors
         (grad_y,) = grads
+        library = _gated_library(gate, up, grad_y)
+        if library is not None:
+            return *library.gated_gradient(gate, up, grad_y, ctx.activation), None
         grad_activated = grad_y * up
         if ctx.activation == "silu":
             grad_gate = aten.silu_backward(grad_activated, gate)
@@ -173,6 +187,9 @@ def _activated(gate: Tensor, activation: str) -> Tensor:
 
 
 def _scaled(x: Tensor, weight: Tensor, rstd: Tensor, unit_offset: bool) -> Tensor:
+    library = library_for(x, weight)
+    if library is not None:
+        return library.norm_again(x, weight, rstd, unit_offset)
     normed = _wide(x).mul_(rstd)
     if unit_offset:
         return normed.mul_(1.0 + weight.float()).to(x.dtype)
@@ -180,4 +197,12 @@ def _scaled(x: Tensor, weight: Tensor, rstd: Tensor, unit_offset: bool) -> Tenso
 
 
 def _product(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    library = _gated_library(gate, up)
+    if library is not None:
+        return library.gated(gate, up, activation)
     return _activated(gate, activation).mul_(up)
+
+
+def _gated_library(gate: Tensor, up: Tensor, *others: Tensor) -> Library | None:
+    """The compiled code for inputs whose rows lie alike."""
+    return library_for(gate, up, *others) if gate.stride() == up.stride() else None

@@ -1,30 +1,13 @@
-"""The compiled 4-bit code for CPUs: built once by the system's C compiler, checked, then used.
+"""The compiled 4-bit code for CPUs; `compiled` builds it. Same bits as `nf4_reference`."""
 
-The library stands in the user's cache folder under a name that holds the hash of its source, the
-flags, the compiler and the CPU, so no stale or foreign build is ever loaded. Before its first use
-in a process it must give the bits of `nf4_reference` on a small random weight. Without a compiler,
-or on any disagreement, the reference is used and one warning says so.
-
-Set NIBBLE_NO_COMPILE=1 to use the reference in any case.
-"""
-
-import contextlib
 import ctypes
-import hashlib
-import logging
-import os
-import platform
-import shutil
-import subprocess
-import tempfile
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from nibble.kernels.compiled import in_parts, load_compiled
 from nibble.kernels.nf4_reference import (
     ASCENDING,
     CODEBOOKS,
@@ -37,13 +20,12 @@ from nibble.kernels.nf4_reference import (
 )
 
 SOURCE = Path(__file__).with_name("nf4_cpu.c")
-FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-std=c11", "-shared", "-fPIC")
-COMPILE_TIMEOUT_S = 60
+# Product and sum of a nested scale are rounded one by one.
+FLAGS = ("-ffp-contract=off",)
 # Work below this many values is done by the calling thread alone.
 VALUES_PER_THREAD = 1 << 18
 
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_logger = logging.getLogger("nibble")
 
 
 class _Weight(ctypes.Structure):
@@ -113,7 +95,7 @@ class Library:
                 codes[first // 2 :].data_ptr(),
             )
 
-        _split(work, values.numel(), block_size)
+        in_parts(work, values.numel(), block_size, least=VALUES_PER_THREAD)
 
     def decode(self, q: Quantized, out_flat: Tensor, start: int) -> None:
         """As `decode_reference`."""
@@ -133,32 +115,13 @@ class Library:
                 ctypes.byref(weight), start + first, stop - first, address + first * width, kind
             )
 
-        _split(work, out_flat.numel(), q.block_size)
+        in_parts(work, out_flat.numel(), q.block_size, least=VALUES_PER_THREAD)
 
 
 @cache
 def load() -> Library | None:
     """The compiled code, or None where it cannot be built or does not agree."""
-    if os.environ.get("NIBBLE_NO_COMPILE") == "1":
-        return None
-    try:
-        library = _load_or_build()
-    except (OSError, subprocess.SubprocessError) as error:
-        _logger.warning(
-            "4-bit weights use the slow torch reference: %s could not be compiled (%s); this needs "
-            "a C compiler (gcc or clang) and a cache folder to write to (XDG_CACHE_HOME)",
-            SOURCE.name,
-            _reason(error),
-        )
-        return None
-    if not agrees_with_reference(library):
-        _logger.warning(
-            "4-bit weights use the slow torch reference: the code compiled from %s gives other "
-            "bits on this CPU; please report this",
-            SOURCE.name,
-        )
-        return None
-    return library
+    return load_compiled(SOURCE, FLAGS, Library, agrees_with_reference, what="4-bit weights")
 
 
 def implementation() -> str:
@@ -198,93 +161,3 @@ def _agrees(library: Library, values: Tensor, type: str) -> bool:
         if not torch.equal(expected, got):
             return False
     return True
-
-
-def _load_or_build() -> Library:
-    """The library of the cache folder; compiled now if it is absent or damaged."""
-    compiler = _compiler()
-    path = _cache_folder() / f"nf4_cpu-{_build_key(compiler)}.so"
-    with contextlib.suppress(OSError):
-        return Library(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Written beside and renamed: other processes see no library or a whole one.
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        fresh = Path(folder) / path.name
-        subprocess.run(
-            [compiler, *FLAGS, str(SOURCE), "-o", str(fresh)],
-            check=True,
-            capture_output=True,
-            text=True,
-            timeout=COMPILE_TIMEOUT_S,
-        )
-        fresh.replace(path)
-    return Library(path)
-
-
-def _compiler() -> str:
-    wanted = os.environ.get("CC") or "cc"
-    for name in (wanted, "gcc", "clang"):
-        found = shutil.which(name)
-        if found:
-            return found
-    raise FileNotFoundError("no C compiler on the PATH")
-
-
-def _cache_folder() -> Path:
-    root = os.environ.get("XDG_CACHE_HOME")
-    try:
-        return (Path(root) if root else Path.home() / ".cache") / "nibble"
-    except RuntimeError as error:
-        raise FileNotFoundError("this user has no home folder") from error
-
-
-def _build_key(compiler: str) -> str:
-    """Hash of everything that the compiled code depends on."""
-    version = subprocess.run(
-        [compiler, "--version"], check=True, capture_output=True, timeout=COMPILE_TIMEOUT_S
-    ).stdout
-    parts = (SOURCE.read_bytes(), " ".join(FLAGS).encode(), compiler.encode(), version, _cpu())
-    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:20]
-
-
-def _cpu() -> bytes:
-    """What -march=native looks at: model and feature flags where the system tells them."""
-    lines = [platform.machine()]
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        wanted = ("model name", "flags", "Features", "CPU implementer", "CPU part")
-        text = info.read_text(errors="replace").split("\n\n")[0]
-        lines += [line for line in text.splitlines() if line.startswith(wanted)]
-    else:
-        lines.append(platform.processor())
-    return "\n".join(lines).encode()
-
-
-def _reason(error: Exception) -> str:
-    """The last line that the compiler said, or the error itself."""
-    said = getattr(error, "stderr", None)
-    return said.strip().splitlines()[-1] if isinstance(said, str) and said.strip() else str(error)
-
-
-def _split(work: Callable[[int, int], None], count: int, block_size: int) -> None:
-    """Call `work(first, stop)` on parts of [0, count) that begin at block boundaries."""
-    num_parts = min(torch.get_num_threads(), max(1, count // VALUES_PER_THREAD))
-    if num_parts == 1:
-        work(0, count)
-        return
-    size = -(-count // (num_parts * block_size)) * block_size
-    parts = [(first, min(first + size, count)) for first in range(0, count, size)]
-    futures = [_pool().submit(work, *part) for part in parts[1:]]
-    work(*parts[0])
-    for future in futures:
-        future.result()
-
-
-@cache
-def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(max(1, (os.cpu_count() or 1) - 1), "nibble-nf4")
-
-
-# Threads do not survive a fork: a child starts its own.
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_pool.cache_clear)

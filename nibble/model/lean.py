@@ -1,15 +1,17 @@
-"""Norms and feed-forward parts of the known families, in the form that keeps the least.
+"""Norms, rotations and feed-forward parts of the known families, in the form that keeps the least.
 
 A layer then keeps 4D + 2KV + 2F values a token: its two inputs of norms, queries, keys, values,
 the output of attention, gate and up. Layers of other kinds stay as transformers has them.
 """
 
 from functools import partial
+from types import FunctionType
 from typing import Any
 
 from torch import Tensor, nn
 
 from nibble.kernels.layers import gated, rms_norm
+from nibble.kernels.rotary import rotary
 
 # Whether the weight of a norm counts from one.
 _UNIT_OFFSET = {
@@ -42,8 +44,15 @@ _SEPARATE = (
 _GATED = {**dict.fromkeys(_SEPARATE, _feed_forward), "Phi3MLP": _fused_feed_forward}
 
 
+# transformers' attention layers whose forward calls `apply_rotary_pos_emb` of their module.
+_ROTATED = (
+    "LlamaAttention", "MistralAttention", "MixtralAttention", "Qwen2Attention", "Qwen3Attention",
+    "Qwen3MoeAttention", "GemmaAttention", "Gemma2Attention", "Gemma3Attention", "Phi3Attention",
+)  # fmt: skip
+
+
 def use_lean_layers(model: nn.Module) -> None:
-    """Give frozen norms and gated feed-forward parts of `model` their lean form, in place."""
+    """Give the frozen parts of `model` that are known here their lean form, in place."""
     for module in model.modules():
         name = type(module).__name__
         if name in _UNIT_OFFSET:
@@ -52,6 +61,22 @@ def use_lean_layers(model: nn.Module) -> None:
             activation = _activation(module)
             if activation is not None:
                 module.forward = partial(_GATED[name], module, activation)
+        elif name in _ROTATED:
+            forward = _calling(type(module).forward, apply_rotary_pos_emb=rotary)
+            module.forward = partial(forward, module)
+
+
+def _calling(function: Any, **names: Any) -> FunctionType:
+    """The same function, which finds other things behind these names of its module."""
+    changed = FunctionType(
+        function.__code__,
+        {**function.__globals__, **names},
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+    changed.__kwdefaults__ = function.__kwdefaults__
+    return changed
 
 
 def _activation(module: Any) -> str | None:

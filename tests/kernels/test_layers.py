@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from nibble.kernels import layers_cpu
 from nibble.kernels.layers import (
     ACTIVATIONS,
     gated,
@@ -13,6 +14,25 @@ from nibble.kernels.layers import (
     rms_norm,
     rms_norm_reference,
 )
+
+
+@pytest.fixture(autouse=True, params=["compiled", "torch"])
+def code(request, monkeypatch):
+    """The code that works on bfloat16."""
+    if request.param == "torch":
+        monkeypatch.setattr(layers_cpu, "load", lambda: None)
+    elif layers_cpu.load() is None:
+        pytest.skip("needs a C compiler")
+    return request.param
+
+
+def assert_rounded_alike(ours, theirs, code):
+    """The same bits by torch; by compiled code, a step of rounding apart in few values."""
+    if code == "torch" or ours.dtype != torch.bfloat16:
+        assert torch.equal(ours, theirs)
+    else:
+        torch.testing.assert_close(ours, theirs, rtol=2**-7, atol=1e-30)
+        assert (ours != theirs).sum() <= 1 + 0.01 * ours.numel()
 
 
 def draw(*shape, dtype, seed=0):
@@ -27,36 +47,40 @@ def value_and_gradients(function, inputs, **options):
     return y, *torch.autograd.grad(y, wanted, direction)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(
+    max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(
     rows=st.integers(1, 9),
     width=st.integers(1, 70),
     unit_offset=st.booleans(),
     dtype=st.sampled_from([torch.bfloat16, torch.float32]),
 )
-def test_norm(rows, width, unit_offset, dtype):
+def test_norm(code, rows, width, unit_offset, dtype):
     x, weight = draw(rows, 2, width, dtype=dtype), draw(width, dtype=dtype, seed=1).detach()
     inputs = (x, weight, 1e-6)
     ours = value_and_gradients(rms_norm, inputs, unit_offset=unit_offset)
     theirs = value_and_gradients(rms_norm_reference, inputs, unit_offset=unit_offset)
-    assert torch.equal(ours[0], theirs[0])
+    assert_rounded_alike(ours[0], theirs[0], code)
     torch.testing.assert_close(
         ours[1], theirs[1], rtol=2e-2, atol=1e-2 if dtype == torch.bfloat16 else 1e-4
     )
 
 
-@settings(max_examples=50, deadline=None)
+@settings(
+    max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(
     size=st.integers(1, 200),
     activation=st.sampled_from(ACTIVATIONS),
     dtype=st.sampled_from([torch.bfloat16, torch.float32]),
 )
-def test_gated_is_bit_equal(size, activation, dtype):
+def test_gated(code, size, activation, dtype):
     inputs = (draw(3, size, dtype=dtype), draw(3, size, dtype=dtype, seed=1), activation)
     ours = value_and_gradients(gated, inputs)
     theirs = value_and_gradients(gated_reference, inputs)
     for a, b in zip(ours, theirs, strict=True):
-        assert torch.equal(a, b)
+        assert_rounded_alike(a, b, code)
 
 
 @pytest.mark.parametrize("unit_offset", [False, True])

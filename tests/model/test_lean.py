@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from nibble.kernels.rotary import rotary
 from nibble.model.adapt import adapt
 from nibble.model.families import head_of, hidden_states
 from nibble.model.lean import use_lean_layers
@@ -88,3 +89,29 @@ def test_a_layer_keeps_the_floor(tiny_model_folder):
     least = num_layers * (2 * floor + 7 * 2 * rank + 2 * 4)
     assert least <= bytes_a_token(is_lean=True) <= least + once
     assert bytes_a_token(is_lean=False) > 1.5 * least
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name not in UNCHANGED])
+def test_bfloat16_is_as_exact_as_before(tiny_model_folder, family):
+    folder = tiny_model_folder(family)
+    exact = outcome(folder, is_lean=False)
+    plain, lean = (outcome(folder, is_lean=x, dtype=torch.bfloat16) for x in (False, True))
+
+    def error(found):
+        errors = [(found[0].float() - exact[0]).norm() / exact[0].norm()]
+        errors += [(found[1][n] - g).norm() / g.norm() for n, g in exact[1].items() if g.norm() > 0]
+        return torch.stack(errors).mean()
+
+    assert error(lean) < 1.3 * error(plain)
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name not in UNCHANGED])
+def test_rotations_are_ours_in_this_model_alone(tiny_model_folder, family):
+    used, unused = (load_base(str(tiny_model_folder(family)))[0] for _ in range(2))
+    use_lean_layers(used)
+    (attention, *_), (other, *_) = (
+        [m for m in model.modules() if type(m).__name__.endswith("Attention")]
+        for model in (used, unused)
+    )
+    assert attention.forward.func.__globals__["apply_rotary_pos_emb"] is rotary
+    assert other.forward.__func__.__globals__["apply_rotary_pos_emb"] is not rotary

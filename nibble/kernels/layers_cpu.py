@@ -1,0 +1,229 @@
+"""The compiled code of layers in bfloat16 on CPUs; `compiled` builds it.
+
+It rounds where the references round. Sums of a row run in another order, and exponentials are
+exact to 2 units in the last place of float32.
+"""
+
+import ctypes
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from nibble.kernels.compiled import in_parts, load_compiled
+
+SOURCE = Path(__file__).with_name("layers_cpu.c")
+FLAGS = ("-ffp-contract=fast",)
+# Work below this many values is done by the calling thread alone.
+VALUES_PER_THREAD = 1 << 16
+_ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
+_POINTER, _INT64, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
+
+
+class Library:
+    """The operations of the compiled code on bfloat16 tensors whose last dimension is dense.
+
+    Rows are split over `torch.get_num_threads()` threads; the result does not depend on it.
+
+    Args:
+        path: The shared library.
+
+    Raises:
+        OSError: If it cannot be loaded.
+    """
+
+    def __init__(self, path: Path) -> None:
+        code: Any = ctypes.CDLL(str(path))
+        pointers = [_POINTER] * 4
+        code.nibble_norm.argtypes = [*pointers[:2], _FLOAT, _INT, _INT64, _INT64, *pointers[:2]]
+        code.nibble_norm_again.argtypes = [*pointers[:3], _INT, _INT64, _INT64, _POINTER]
+        code.nibble_norm_gradient.argtypes = [*pointers, _INT, _INT64, _INT64, _POINTER]
+        code.nibble_gated.argtypes = [*pointers[:2], _INT, *[_INT64] * 3, _POINTER]
+        code.nibble_gated_gradient.argtypes = [*pointers[:3], _INT, *[_INT64] * 3, *pointers[:2]]
+        code.nibble_rotate.argtypes = [*pointers[:3], _FLOAT, *pointers[:3]]
+        code.nibble_attend.argtypes = [_POINTER, _FLOAT, *[_INT64] * 3]
+        code.nibble_attend_gradient.argtypes = [*pointers[:2], _FLOAT, *[_INT64] * 3]
+        code.nibble_head.argtypes = [*pointers[:2], _FLOAT, _FLOAT, _INT64, _INT64]
+        code.nibble_head.restype = ctypes.c_double
+        self._code = code
+
+    def norm(
+        self, x: Tensor, weight: Tensor, eps: float, unit_offset: bool
+    ) -> tuple[Tensor, Tensor]:
+        """y and 1 / rms(x), as `layers.rms_norm`: (..., D) -> (..., D) and (..., 1)."""
+        x_TD, rstd = _rows(x), torch.empty(*x.shape[:-1], 1)
+        y_TD, rstd_T = torch.empty_like(x_TD), rstd.view(-1)
+
+        def work(row: int, stop: int) -> None:
+            self._code.nibble_norm(
+                *(_at(x_TD, row), weight.data_ptr(), eps, unit_offset, stop - row, x.shape[-1]),
+                *(_at(y_TD, row), _at(rstd_T, row)),
+            )
+
+        in_parts(work, len(x_TD), least=_least(x_TD))
+        return y_TD.view(x.shape), rstd
+
+    def norm_again(self, x: Tensor, weight: Tensor, rstd: Tensor, unit_offset: bool) -> Tensor:
+        """y once more."""
+        x_TD, rstd_T = _rows(x), rstd.view(-1)
+        y_TD = torch.empty_like(x_TD)
+
+        def work(row: int, stop: int) -> None:
+            self._code.nibble_norm_again(
+                *(_at(x_TD, row), weight.data_ptr(), _at(rstd_T, row), unit_offset),
+                *(stop - row, x.shape[-1], _at(y_TD, row)),
+            )
+
+        in_parts(work, len(x_TD), least=_least(x_TD))
+        return y_TD.view(x.shape)
+
+    def norm_gradient(
+        self, x: Tensor, weight: Tensor, rstd: Tensor, grad: Tensor, unit_offset: bool
+    ) -> Tensor:
+        """The gradient of x, from that of y."""
+        x_TD, grad_TD, rstd_T = _rows(x), _rows(grad), rstd.view(-1)
+        grad_x_TD = torch.empty_like(x_TD)
+
+        def work(row: int, stop: int) -> None:
+            self._code.nibble_norm_gradient(
+                *(_at(x_TD, row), weight.data_ptr(), _at(rstd_T, row), _at(grad_TD, row)),
+                *(unit_offset, stop - row, x.shape[-1], _at(grad_x_TD, row)),
+            )
+
+        in_parts(work, len(x_TD), least=_least(x_TD))
+        return grad_x_TD.view(x.shape)
+
+    def gated(self, gate: Tensor, up: Tensor, activation: str) -> Tensor:
+        """act(gate) * up, (..., F); the two evenly spaced alike."""
+        gate_TF, up_TF = _rows(gate, dense=False), _rows(up, dense=False)
+        y_TF = torch.empty(gate_TF.shape, dtype=gate.dtype)
+        width, stride = gate.shape[-1], gate_TF.stride(0)
+
+        def work(row: int, stop: int) -> None:
+            self._code.nibble_gated(
+                *(_at(gate_TF, row), _at(up_TF, row), _ACTIVATIONS[activation]),
+                *(stop - row, width, stride, _at(y_TF, row)),
+            )
+
+        in_parts(work, len(y_TF), least=_least(y_TF))
+        return y_TF.view(gate.shape)
+
+    def gated_gradient(
+        self, gate: Tensor, up: Tensor, grad: Tensor, activation: str
+    ) -> tuple[Tensor, Tensor]:
+        """The gradients of gate and up, from that of the product."""
+        gate_TF, up_TF, grad_TF = _rows(gate, dense=False), _rows(up, dense=False), _rows(grad)
+        grad_gate_TF, grad_up_TF = torch.empty_like(grad_TF), torch.empty_like(grad_TF)
+        width, stride = gate.shape[-1], gate_TF.stride(0)
+
+        def work(row: int, stop: int) -> None:
+            self._code.nibble_gated_gradient(
+                *(_at(gate_TF, row), _at(up_TF, row), _at(grad_TF, row)),
+                *(_ACTIVATIONS[activation], stop - row, width, stride),
+                *(_at(grad_gate_TF, row), _at(grad_up_TF, row)),
+            )
+
+        in_parts(work, len(grad_TF), least=_least(grad_TF))
+        return grad_gate_TF.view(gate.shape), grad_up_TF.view(gate.shape)
+
+    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor, y: Tensor, *, back: bool) -> None:
+        """Rotate x (H, T, K) into y, whatever their strides; cos and sin are (T, R), R <= K."""
+        strides = (ctypes.c_int64 * 4)(*x.stride()[:2], *y.stride()[:2])
+
+        def work(head: int, stop: int) -> None:
+            sizes = (ctypes.c_int64 * 4)(stop - head, *x.shape[1:], cos.shape[-1])
+            self._code.nibble_rotate(
+                *(_at(x, head), cos.data_ptr(), sin.data_ptr(), -1.0 if back else 1.0),
+                *(sizes, strides, _at(y, head)),
+            )
+
+        in_parts(work, len(x), least=_least(x))
+
+    def attend_(self, scores: Tensor, scale: float) -> None:
+        """Make scores of causal rows (M, rows, keys) probabilities; the last row sees all keys."""
+        rows, keys = scores.shape[1:]
+
+        def work(matrix: int, stop: int) -> None:
+            _check(self._code.nibble_attend(_at(scores, matrix), scale, stop - matrix, rows, keys))
+
+        in_parts(work, len(scores), least=_least(scores))
+
+    def attend_gradient_(self, scores: Tensor, grad: Tensor, scale: float) -> None:
+        """Make scores probabilities, and their gradient that of the scores, both scaled."""
+        rows, keys = scores.shape[1:]
+
+        def work(matrix: int, stop: int) -> None:
+            addresses = _at(scores, matrix), _at(grad, matrix)
+            _check(self._code.nibble_attend_gradient(*addresses, scale, stop - matrix, rows, keys))
+
+        in_parts(work, len(scores), least=_least(scores))
+
+    def head_(self, raw: Tensor, labels: Tensor, scale: float, softcap: float | None) -> float:
+        """Make raw logits (C, V) the gradient of their summed cross-entropy; returns the sum."""
+        losses = []
+
+        def work(row: int, stop: int) -> None:
+            addresses, width = (_at(raw, row), _at(labels, row)), raw.shape[-1]
+            losses.append(
+                self._code.nibble_head(*addresses, scale, softcap or 0.0, stop - row, width)
+            )
+
+        in_parts(work, len(raw), least=_least(raw))
+        return sum(losses)
+
+
+@cache
+def load() -> Library | None:
+    """The compiled code, or None where it cannot be built or does not agree."""
+    return load_compiled(
+        SOURCE, FLAGS, Library, agrees_with_reference, what="norms, gated units and attention"
+    )
+
+
+def library_for(*tensors: Tensor) -> Library | None:
+    """The compiled code if all of these are plain bfloat16 of a CPU."""
+    is_plain = all(
+        type(t) in (Tensor, Parameter) and t.device.type == "cpu" and t.dtype == torch.bfloat16
+        for t in tensors
+    )
+    return load() if is_plain else None
+
+
+def agrees_with_reference(library: Library) -> bool:
+    """Whether a norm, a gated unit and a softmax are what torch makes of them."""
+    generator = torch.Generator().manual_seed(0)
+    x, up, weight = torch.randn(3, 5, 37, generator=generator).bfloat16()
+    y, rstd = library.norm(x, weight[0], 1e-6, False)
+    wide = x.float()
+    expected = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)
+    pairs = [(rstd, expected), (y, wide * expected * weight[0].float())]
+    pairs.append((library.gated(x, up, "silu"), torch.nn.functional.silu(wide) * up.float()))
+    scores = x[None, :, :5].contiguous()
+    masked = scores.float().masked_fill(torch.ones(5, 5).triu(1).bool(), -torch.inf)
+    library.attend_(scores, 1.0)
+    pairs.append((scores, masked.softmax(-1)))
+    return all(torch.allclose(ours.float(), theirs, rtol=2e-2, atol=1e-3) for ours, theirs in pairs)
+
+
+def _rows(x: Tensor, *, dense: bool = True) -> Tensor:
+    """(..., D) -> (rows, D), copied where rows are uneven or, if need be, apart."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows.contiguous() if dense or rows.stride(-1) != 1 else rows
+
+
+def _at(x: Tensor, index: int) -> int:
+    """The address of x[index]."""
+    return x.data_ptr() + index * x.stride(0) * x.itemsize
+
+
+def _least(x: Tensor) -> int:
+    """How many entries of the first dimension are worth a thread."""
+    return max(1, VALUES_PER_THREAD * len(x) // max(1, x.numel()))
+
+
+def _check(status: int) -> None:
+    if status:
+        raise MemoryError("no memory for a row of scores")
