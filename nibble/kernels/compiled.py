@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 FLAGS = ("-O3", "-march=native", "-std=c11", "-Wno-psabi", "-shared", "-fPIC")
 COMPILE_TIMEOUT_S = 60
@@ -60,7 +61,9 @@ def load_compiled(
             _reason(error),
         )
         return None
-    if not agrees(library):
+    with _disable_current_modes():  # the check needs values, also where a plan has none
+        is_right = agrees(library)
+    if not is_right:
         _logger.warning(
             "%s use the slow torch reference: the code compiled from %s does not agree with it "
             "on this CPU; please report this",

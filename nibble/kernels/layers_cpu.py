@@ -5,6 +5,7 @@ exact to 2 units in the last place of float32.
 """
 
 import ctypes
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from nibble.kernels.compiled import in_parts, load_compiled
+from nibble.kernels.target import device_type, is_fake, report_kernel
 
 SOURCE = Path(__file__).with_name("layers_cpu.c")
 FLAGS = ("-ffp-contract=fast",)
@@ -63,7 +65,7 @@ class Library:
                 *(_at(y_TD, row), _at(rstd_T, row)),
             )
 
-        in_parts(work, len(x_TD), least=_least(x_TD))
+        _run(work, x_TD, y_TD)
         return y_TD.view(x.shape), rstd
 
     def norm_again(self, x: Tensor, weight: Tensor, rstd: Tensor, unit_offset: bool) -> Tensor:
@@ -77,7 +79,7 @@ class Library:
                 *(stop - row, x.shape[-1], _at(y_TD, row)),
             )
 
-        in_parts(work, len(x_TD), least=_least(x_TD))
+        _run(work, x_TD, y_TD)
         return y_TD.view(x.shape)
 
     def norm_gradient(
@@ -93,7 +95,7 @@ class Library:
                 *(unit_offset, stop - row, x.shape[-1], _at(grad_x_TD, row)),
             )
 
-        in_parts(work, len(x_TD), least=_least(x_TD))
+        _run(work, x_TD, grad_TD, grad_x_TD)
         return grad_x_TD.view(x.shape)
 
     def gated(self, gate: Tensor, up: Tensor, activation: str) -> Tensor:
@@ -108,7 +110,7 @@ class Library:
                 *(stop - row, width, stride, _at(y_TF, row)),
             )
 
-        in_parts(work, len(y_TF), least=_least(y_TF))
+        _run(work, gate_TF, up_TF, y_TF)
         return y_TF.view(gate.shape)
 
     def gated_gradient(
@@ -126,7 +128,7 @@ class Library:
                 *(_at(grad_gate_TF, row), _at(grad_up_TF, row)),
             )
 
-        in_parts(work, len(grad_TF), least=_least(grad_TF))
+        _run(work, gate_TF, up_TF, grad_TF, grad_gate_TF, grad_up_TF)
         return grad_gate_TF.view(gate.shape), grad_up_TF.view(gate.shape)
 
     def rotate(self, x: Tensor, cos: Tensor, sin: Tensor, y: Tensor, *, back: bool) -> None:
@@ -140,7 +142,7 @@ class Library:
                 *(sizes, strides, _at(y, head)),
             )
 
-        in_parts(work, len(x), least=_least(x))
+        _run(work, x, y)
 
     def attend_(self, scores: Tensor, scale: float) -> None:
         """Make scores of causal rows (M, rows, keys) probabilities; the last row sees all keys."""
@@ -149,7 +151,7 @@ class Library:
         def work(matrix: int, stop: int) -> None:
             _check(self._code.nibble_attend(_at(scores, matrix), scale, stop - matrix, rows, keys))
 
-        in_parts(work, len(scores), least=_least(scores))
+        _run(work, scores)
 
     def attend_gradient_(self, scores: Tensor, grad: Tensor, scale: float) -> None:
         """Make scores probabilities, and their gradient that of the scores, both scaled."""
@@ -159,7 +161,7 @@ class Library:
             addresses = _at(scores, matrix), _at(grad, matrix)
             _check(self._code.nibble_attend_gradient(*addresses, scale, stop - matrix, rows, keys))
 
-        in_parts(work, len(scores), least=_least(scores))
+        _run(work, scores, grad)
 
     def head_(self, raw: Tensor, labels: Tensor, scale: float, softcap: float | None) -> float:
         """Make raw logits (C, V) the gradient of their summed cross-entropy; returns the sum."""
@@ -171,7 +173,7 @@ class Library:
                 self._code.nibble_head(*addresses, scale, softcap or 0.0, stop - row, width)
             )
 
-        in_parts(work, len(raw), least=_least(raw))
+        _run(work, raw)
         return sum(losses)
 
 
@@ -184,12 +186,14 @@ def load() -> Library | None:
 
 
 def library_for(*tensors: Tensor) -> Library | None:
-    """The compiled code if all of these are plain bfloat16 of a CPU."""
-    is_plain = all(
-        type(t) in (Tensor, Parameter) and t.device.type == "cpu" and t.dtype == torch.bfloat16
+    """The compiled code if all of these are plain bfloat16 of a CPU, or stand for such ones."""
+    is_known = all(
+        (type(t) in (Tensor, Parameter) or is_fake(t))
+        and device_type(t) == "cpu"
+        and t.dtype == torch.bfloat16
         for t in tensors
     )
-    return load() if is_plain else None
+    return load() if is_known else None
 
 
 def agrees_with_reference(library: Library) -> bool:
@@ -219,9 +223,13 @@ def _at(x: Tensor, index: int) -> int:
     return x.data_ptr() + index * x.stride(0) * x.itemsize
 
 
-def _least(x: Tensor) -> int:
-    """How many entries of the first dimension are worth a thread."""
-    return max(1, VALUES_PER_THREAD * len(x) // max(1, x.numel()))
+def _run(work: Callable[[int, int], None], *tensors: Tensor) -> None:
+    """Call `work(first, stop)` on parts of the first dimension, if there are values."""
+    x = tensors[0]
+    if is_fake(x):
+        report_kernel("other", 0, sum(t.nbytes for t in tensors))
+        return
+    in_parts(work, len(x), least=max(1, VALUES_PER_THREAD * len(x) // max(1, x.numel())))
 
 
 def _check(status: int) -> None:

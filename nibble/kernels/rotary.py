@@ -47,7 +47,7 @@ class _Rotary(torch.autograd.Function):
         library = _library(x, cos, sin)
         if library is None:
             return rotary_reference(x, cos, sin)
-        y = torch.empty(x.shape, dtype=x.dtype)
+        y = torch.empty_like(x, memory_format=torch.contiguous_format)
         library.rotate(x[0], cos[0, 0], sin[0, 0], y[0], back=False)
         return y
 

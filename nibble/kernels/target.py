@@ -51,7 +51,7 @@ def report_kernel(kind: str, flops: int, num_bytes: int, num_parts: int = 1) -> 
     """Say what a kernel would do, where it was given fake tensors.
 
     Args:
-        kind: "decode" (a stored weight made dense) or "attention".
+        kind: "decode" (a stored weight made dense), "attention" or "other".
         flops: Its floating-point operations.
         num_bytes: What it would read and write.
         num_parts: Of how many equal parts of its input it handles one.
