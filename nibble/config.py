@@ -50,6 +50,10 @@ class ModelConfig(Section):
     """Branch, tag or commit of a hub id; null is the newest."""
     dtype: Literal["bfloat16", "float32"] = _field("bfloat16", "float32 doubles activations")
     """Type of the 16-bit base and of every product; float32 for exact checks."""
+    embeddings: Literal["auto", "device", "host"] = _field(
+        "auto", "host takes the table of embeddings off the device"
+    )
+    """Where token embeddings are looked up; host is for frozen ones that are not the head too."""
 
 
 class QuantConfig(Section):
@@ -120,8 +124,10 @@ class TrainConfig(Section):
         "auto", "activations grow with it", union_mode="left_to_right"
     )
     """Rows per forward pass; the rest of the batch is accumulated."""
-    recompute: Literal["auto", "none", "selective", "full", "offload"] = _field(
-        "auto", "full keeps one input per layer instead of all activations, offload two in all"
+    recompute: Literal["auto", "none", "selective", "full", "offload", "tiled"] = _field(
+        "auto",
+        "full keeps one input per layer instead of all activations, offload two in all; tiled "
+        "lets the widest part of a layer work on 512 tokens at a time",
     )
     """Activations that are computed again in the backward pass instead of kept."""
     exactness: Literal["default", "exact"] = _field("default")

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from nibble.model.experts import ExpertWeight
+from nibble.model.host_embedding import HostEmbedding
 from nibble.model.linear4bit import Linear4bit
 
 # Parts of a 4-bit weight: attribute -> name in the ledger.
@@ -82,7 +83,7 @@ def _use(model: nn.Module, name: str, key: str, tensor: Tensor) -> str:
         return "tables"
     if key.endswith("bias"):
         return "biases"
-    if isinstance(module, nn.Embedding):
+    if isinstance(module, nn.Embedding | HostEmbedding):
         return "embeddings"
     if name.rpartition(".")[2] in _ROUTERS:
         return "routers"

@@ -43,6 +43,7 @@ def load_base(
     dtype: torch.dtype = torch.bfloat16,
     quant: Mapping[str, Any] | None = None,
     trainable: bool = False,
+    host_embeddings: bool = False,
     device: torch.device | str | None = None,
 ) -> tuple[PreTrainedModel, Any]:
     """A frozen causal language model and its tokenizer.
@@ -62,6 +63,7 @@ def load_base(
         dtype: Type of all that is not in 4 bits, and of the products; "float32" storage sets it.
         quant: How to quantise: block_size (64), double (True), search (False).
         trainable: Leave transformers' own layers in place, with gradients.
+        host_embeddings: Look token embeddings up in host memory where the device is another.
         device: Where the weights go; None is the CPU.
 
     Raises:
@@ -69,7 +71,9 @@ def load_base(
         UnavailableError: If a hub id is neither cached nor reachable.
         UsageError: If the arguments do not go together.
     """
-    stored = build_storage(storage, dtype, quant, trainable)
+    stored = build_storage(
+        storage, dtype, quant, trainable=trainable, host_embeddings=host_embeddings
+    )
     folder = find_model(str(name), revision)
     values = read_config(folder)
     if check_quantization(values):
@@ -89,7 +93,12 @@ def load_base(
 
 
 def build_storage(
-    storage: str, dtype: torch.dtype, quant: Mapping[str, Any] | None, trainable: bool
+    storage: str,
+    dtype: torch.dtype,
+    quant: Mapping[str, Any] | None,
+    *,
+    trainable: bool,
+    host_embeddings: bool = False,
 ) -> Storage:
     """How weights are kept; the arguments are those of `load_base`.
 
@@ -100,8 +109,13 @@ def build_storage(
         raise UsageError(f"unknown storage {storage!r}", fix=f"use one of {', '.join(STORAGES)}")
     if storage == "float32":
         dtype = torch.float32
+    if trainable and host_embeddings:
+        raise UsageError(
+            "embeddings that are trained cannot stay in host memory",
+            fix="use model.embeddings=device, or method=lora or qlora",
+        )
     if storage not in ("nf4", "fp4"):
-        return Storage(dtype, trainable)
+        return Storage(dtype, trainable, host_embeddings=host_embeddings)
     if trainable:
         raise UsageError(
             f"weights in {storage} cannot be trained", fix='use storage="bf16" or "float32"'
@@ -110,7 +124,8 @@ def build_storage(
     unknown = sorted(set(quant or {}) - set(settings))
     if unknown:
         raise UsageError(f"quant: unknown setting {unknown[0]!r}", fix=f"known: {list(settings)}")
-    return Storage(dtype, quant={**settings, **(quant or {}), "type": storage})
+    settings = {**settings, **(quant or {}), "type": storage}
+    return Storage(dtype, quant=settings, host_embeddings=host_embeddings)
 
 
 def _storage_of_checkpoint(asked: Storage, storage: str, config: Mapping[str, Any]) -> Storage:

@@ -13,7 +13,9 @@ from transformers.pytorch_utils import Conv1D
 
 from nibble.errors import ModelError
 from nibble.kernels.nf4 import Quantized, quantize_parts
+from nibble.kernels.target import device_type
 from nibble.model.experts import PARTS, Experts, is_experts
+from nibble.model.host_embedding import HostEmbedding, keep_embeddings_on_host
 from nibble.model.linear4bit import DenseLinear, Linear4bit
 from nibble.model.names import tied_names
 from nibble.model.tensors import check_finite
@@ -31,12 +33,14 @@ class Storage:
         is_trainable: Leave transformers' own layers in place, with gradients.
         quant: Arguments of `quantize` for linear layers and experts; None keeps them in `dtype`.
         kept: Layers that stay in `dtype` all the same: first or last parts of their names.
+        host_embeddings: Leave token embeddings in host memory where the rest goes to a device.
     """
 
     dtype: torch.dtype
     is_trainable: bool = False
     quant: Mapping[str, Any] | None = None
     kept: tuple[str, ...] = ()
+    host_embeddings: bool = False
 
 
 class Placer:
@@ -44,8 +48,11 @@ class Placer:
 
     def __init__(self, model: PreTrainedModel, storage: Storage, device: torch.device) -> None:
         self.model, self.storage, self.device = model, storage, device
+        if storage.host_embeddings and device_type(device) == "cuda":
+            keep_embeddings_on_host(model)
         self._head = model.get_output_embeddings()
-        self._shapes = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+        tensors = model.state_dict(keep_vars=True)
+        self._shapes = {name: tuple(t.shape) for name, t in tensors.items()}
         self._expert_parts: dict[str, dict[str, Tensor | Quantized]] = {}
 
     def needs_copy(self, name: str) -> bool:
@@ -152,6 +159,9 @@ class Placer:
             known, value = owner._buffers[key], _joined(parts)
             dtype = value.dtype if known is None else known.dtype
             owner._buffers[key] = value.to(self.device, dtype)
+            return
+        if isinstance(owner, HostEmbedding):
+            owner.weight.copy_(_joined(parts))
             return
         value = _joined(parts, self.device, self.storage.dtype)
         if self._is_expert_part(name) and not self.storage.is_trainable:

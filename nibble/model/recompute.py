@@ -4,6 +4,7 @@ none        everything is kept
 selective   the feed-forward part of each layer is computed again (2F of 4D + 2KV + 2F values)
 full        each layer keeps its input alone and is computed again
 offload     as full, and the inputs wait in host memory: at most two of them are on the device
+tiled       as offload, and the feed-forward part works on some tokens at a time
 """
 
 import time
@@ -22,8 +23,9 @@ from nibble.errors import UsageError
 from nibble.kernels.layers import recipe_of
 from nibble.kernels.target import device_type, host_empty
 from nibble.model.families import decoder_layers
+from nibble.model.tiles import use_tiles
 
-POLICIES = ("none", "selective", "full", "offload")
+POLICIES = ("none", "selective", "full", "offload", "tiled")
 NUM_ON_DEVICE = 2
 
 
@@ -42,16 +44,23 @@ def apply_recompute(model: nn.Module, policy: str) -> None:
         return
     inputs = HostInputs()
     for layer in decoder_layers(model):
-        part = getattr(layer, "mlp", None) if policy == "selective" else layer
-        if not isinstance(part, nn.Module):
-            raise UsageError(
-                f"recompute: {type(layer).__name__} has no feed-forward part named mlp",
-                fix="use train.recompute=full or none",
-            )
-        if policy == "offload":
+        if policy == "tiled":
+            use_tiles(_feed_forward(layer))
+        part = _feed_forward(layer) if policy == "selective" else layer
+        if policy in ("offload", "tiled"):
             part.forward = partial(_offloaded, part.forward, inputs)
         else:
             part.forward = partial(_checkpointed, part.forward)
+
+
+def _feed_forward(layer: nn.Module) -> nn.Module:
+    part = getattr(layer, "mlp", None)
+    if not isinstance(part, nn.Module):
+        raise UsageError(
+            f"recompute: {type(layer).__name__} has no feed-forward part named mlp",
+            fix="use train.recompute=full or none",
+        )
+    return part
 
 
 def _checkpointed(forward: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from nibble.config import RunConfig
+from nibble.model.skeleton import build_config
 from nibble.plan.budget import CONTEXT_BYTES, budget_bytes
 from nibble.plan.devices import Device
 from nibble.plan.estimate import rates_of
@@ -23,9 +24,12 @@ from nibble.units import counted, gigabytes
 # More tokens in a forward pass bring nothing: products are at full speed.
 PASS_TOKENS = {"cuda": 8192, "cpu": 4096}
 # From the least recomputation, the fastest, to the most.
-POLICIES = {"cuda": ("none", "selective", "offload", "full"), "cpu": ("none", "selective", "full")}
-# Those that need the least memory; offload also needs memory of the host.
-THRIFTIEST = {"cuda": ("offload", "full"), "cpu": ("full",)}
+POLICIES = {
+    "cuda": ("none", "selective", "offload", "full", "tiled"),
+    "cpu": ("none", "selective", "full"),
+}
+# Those that need the least memory; all but full also need memory of the host.
+THRIFTIEST = {"cuda": ("tiled", "offload", "full"), "cpu": ("full",)}
 # Recomputing more costs at least this factor, however many rows it makes room for.
 RECOMPUTE_COSTS = 1.05
 # Moments below this share of the memory are not worth a second look at everything.
@@ -70,6 +74,11 @@ class Question:
     def budget(self) -> int:
         """Bytes that one device has for the run."""
         return budget_bytes(self.device)
+
+    @property
+    def has_tied_head(self) -> bool:
+        """Whether the table of embeddings is the head as well."""
+        return build_config(self.values).tie_word_embeddings
 
     @property
     def is_timed(self) -> bool:
@@ -128,7 +137,7 @@ def _best(question: Question, forecast: Forecaster, method: str, first_look: str
     for optimizer, paged in _optimizers(question):
         if found and not (paged and _is_paging_worth_it(question, found[0])):
             break
-        start = Option(method, first_look, smallest, optimizer, paged)
+        start = _option(question, Option(method, first_look, smallest, optimizer, paged))
         first = forecast(start)
         if first.phases["load"].bytes > question.budget:
             return first  # the base alone is too large
@@ -144,6 +153,7 @@ def _fastest(question: Question, forecast: Forecaster, start: Option) -> Forecas
     fitting: list[Forecast] = []
     for recompute in _policies(question):
         option = replace(start, recompute=recompute, micro_batch_size=smallest)
+        option = _option(question, option)
         if not question.fits(forecast(option)):
             continue
         tried = [forecast(replace(option, micro_batch_size=size)) for size in (smallest, *sizes)]
@@ -175,7 +185,16 @@ def _thrifty_options(question: Question, start: Option) -> list[Option]:
     policies = THRIFTIEST[question.device.type] if asked == "auto" else (asked,)
     if question.device.host_memory_bytes is None:
         policies = policies[:1]
-    return [replace(start, recompute=policy) for policy in policies]
+    return [_option(question, replace(start, recompute=policy)) for policy in policies]
+
+
+def _option(question: Question, option: Option) -> Option:
+    """The option with embeddings where they are asked to be, or where they belong with it."""
+    asked = question.run.model.embeddings
+    is_least = option.recompute == "tiled" and option.method != "full"
+    if asked == "auto":
+        asked = "host" if is_least and not question.has_tied_head else "device"
+    return replace(option, embeddings=asked)
 
 
 def _policies(question: Question) -> Sequence[str]:

@@ -23,7 +23,7 @@ from nibble.plan.simulate import Shape, Simulation, highest, simulate
 from nibble.plan.tracker import HEAD, Operation, Peak
 
 # Below so many layers other moments are the highest than with many; offload keeps two inputs here.
-FEWEST_LAYERS = {"none": 2, "selective": 2, "full": 2, "offload": 3}
+FEWEST_LAYERS = {"none": 2, "selective": 2, "full": 2, "offload": 3, "tiled": 3}
 LIBRARIES = "workspace of libraries"
 CORRECTION = "learned correction"
 # Tokens of the widest pass that is simulated; wider ones lie on the same line.
@@ -43,6 +43,7 @@ class Option:
     micro_batch_size: int
     optimizer: str = "adamw"
     paged: bool = False
+    embeddings: str = "device"
 
     def settings(self) -> dict[str, Any]:
         """The same as dotted keys of the config."""
@@ -52,6 +53,7 @@ class Option:
             "train.recompute": self.recompute,
             "optim.name": self.optimizer,
             "optim.paged": self.paged,
+            "model.embeddings": self.embeddings,
         }
 
 
@@ -63,7 +65,7 @@ class Forecast:
         phases: Peak bytes of each phase: tensors, the workspace of libraries, and what past runs
             took above or below that.
         needed_bytes: The highest of them with the margin for fragmentation.
-        host_bytes: Host memory of pages and of inputs of layers.
+        host_bytes: Host memory of embeddings, of pages and of inputs of layers.
         paged_bytes: The pages alone.
         step_seconds: An optimizer step of average rows; relative where rates are unknown.
         forward_share: Of a step without recomputation, the share that forward passes take.
@@ -177,7 +179,7 @@ def _forecast(
         option=option,
         phases=phases,
         needed_bytes=peak.bytes + margin_bytes(peak),
-        host_bytes=simulation.paged_bytes + simulation.offloaded_bytes,
+        host_bytes=simulation.host_base_bytes + simulation.paged_bytes + simulation.offloaded_bytes,
         paged_bytes=simulation.paged_bytes,
         step_seconds=_step_seconds(run, rows, option, simulation, rates),
         forward_share=_forward_share(simulation, rates),
@@ -253,6 +255,7 @@ def _extended(first: Simulation, second: Simulation, times: float) -> Simulation
         )
     return Simulation(
         phases=phases,
+        host_base_bytes=line(first.host_base_bytes, second.host_base_bytes),
         paged_bytes=line(first.paged_bytes, second.paged_bytes),
         offloaded_bytes=line(first.offloaded_bytes, second.offloaded_bytes),
         work=work,

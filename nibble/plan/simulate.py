@@ -25,7 +25,7 @@ from nibble.kernels.target import device_type, host_empty, planned_device
 from nibble.model.ledger import count_parameters
 from nibble.model.linear4bit import fresh_scratch
 from nibble.model.names import tied_names
-from nibble.model.place import Placer
+from nibble.model.place import Placer, Storage
 from nibble.model.skeleton import build_config, build_skeleton
 from nibble.plan.tracker import MOST_EXPERTS, MemoryTracker, Operation, Peak
 from nibble.plan.watch import (
@@ -66,6 +66,7 @@ class Simulation:
 
     Args:
         phases: Peak device bytes of load, build, forward, backward, optimizer, eval, save, merge.
+        host_base_bytes: What the base has in host memory.
         paged_bytes: Optimizer state in host memory.
         offloaded_bytes: Peak of the inputs of layers in host memory.
         work: Operations of each phase.
@@ -74,6 +75,7 @@ class Simulation:
     """
 
     phases: dict[str, Peak]
+    host_base_bytes: int
     paged_bytes: int
     offloaded_bytes: int
     work: dict[str, Counter[Operation]]
@@ -104,7 +106,6 @@ def simulate(run: RunConfig, values: dict[str, Any], shape: Shape, *, device: st
     """
     storage = storage_of(run)
     model = build_skeleton(build_config(values), storage.dtype)
-    placer = Placer(model, storage, torch.device("cpu"))
     weights = {name: tuple(t.shape) for name, t in model.state_dict().items()}
     documents = [*shape.micro_batches, shape.eval_documents or (1,)]
     # Boundaries of documents are numbers, also where tensors have no values.
@@ -115,9 +116,10 @@ def simulate(run: RunConfig, values: dict[str, Any], shape: Shape, *, device: st
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with planned, fresh_scratch() as buffers, fake, tracker:
         tracker.begin("load", BASE_DENSE if storage.quant is None else BASE_4BIT)
-        _load(model, placer, weights, tracker)
+        _load(model, storage, weights, tracker)
+        host_base_bytes = tracker.host_bytes
         optimizer = watch_build(model, run, tracker)
-        paged_bytes = tracker.host_peak = tracker.host_bytes
+        host_bytes = tracker.host_peak = tracker.host_bytes
         *batches, held_out = [_batch(ends, shape.target_share) for ends in boundaries]
         tracker.name(boundaries, WORKING)
         watch_step(model, optimizer, run, batches, tracker, buffers)
@@ -126,8 +128,9 @@ def simulate(run: RunConfig, values: dict[str, Any], shape: Shape, *, device: st
         watch_result(model, optimizer, run, tracker)
     return Simulation(
         phases=tracker.peaks,
-        paged_bytes=paged_bytes,
-        offloaded_bytes=tracker.host_peak - paged_bytes,
+        host_base_bytes=host_base_bytes,
+        paged_bytes=host_bytes - host_base_bytes,
+        offloaded_bytes=tracker.host_peak - host_bytes,
         work=tracker.work,
         num_trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
         num_total=count_parameters(model),
@@ -135,13 +138,13 @@ def simulate(run: RunConfig, values: dict[str, Any], shape: Shape, *, device: st
 
 
 def _load(
-    model: Any, placer: Placer, weights: dict[str, tuple[int, ...]], tracker: MemoryTracker
+    model: Any, storage: Storage, weights: dict[str, tuple[int, ...]], tracker: MemoryTracker
 ) -> None:
     """Place every weight without values, as the loader does; on a CPU from one shared buffer."""
     for name, buffer in list(model.named_buffers()):
         owner = model.get_submodule(name.rpartition(".")[0])
         owner._buffers[name.rpartition(".")[2]] = torch.empty(buffer.shape, dtype=buffer.dtype)
-    ties = tied_names(model)
+    placer, ties = Placer(model, storage, torch.device("cpu")), tied_names(model)
     largest = max(prod(shape) for name, shape in weights.items() if name not in ties)
     is_cpu = device_type(torch.device("cpu")) == "cpu"
     new = partial(torch.empty if is_cpu else host_empty, dtype=torch.bfloat16)

@@ -27,6 +27,7 @@ def base_options(run: RunConfig) -> dict[str, Any]:
         "dtype": torch.float32 if is_float32 else torch.bfloat16,
         "quant": run.quant.model_dump(exclude={"type"}),
         "trainable": is_full,
+        "host_embeddings": run.model.embeddings == "host",
     }
 
 

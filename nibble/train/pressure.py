@@ -49,6 +49,8 @@ def _ways_out(run: RunConfig) -> Iterator[str]:
         yield "set method=qlora"
     if run.train.recompute in ("none", "selective"):
         yield "set train.recompute=full"
+    elif run.train.recompute != "tiled" and torch.cuda.is_available():
+        yield "set train.recompute=tiled"
     yield f"lower data.max_seq_len, which is {run.data.max_seq_len}"
     if run.optim.paged is not True and torch.cuda.is_available():
         yield "set optim.paged=true"

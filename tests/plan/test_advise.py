@@ -91,7 +91,7 @@ def test_more_memory_is_never_slower(shared_forecasts, pair, length):
 @given(
     st.tuples(*[st.integers(1, 40)] * 2).map(sorted),
     st.sampled_from(["lora", "qlora"]),
-    st.sampled_from(["none", "selective", "full", "offload"]),
+    st.sampled_from(["none", "selective", "full", "offload", "tiled"]),
 )
 def test_longer_rows_never_need_less(shared_forecasts, pair, method, recompute):
     shorter, longer = (
@@ -113,7 +113,7 @@ def test_pages_come_before_8_bits_and_only_when_needed():
 
 
 def test_nothing_fits_names_changes_that_would(shared_forecasts):
-    short = shared_forecasts(512)(Option("qlora", "offload", 1))
+    short = shared_forecasts(512)(Option("qlora", "tiled", 1, embeddings="host"))
     memory = short.needed_bytes + CONTEXT_BYTES
     choice = advise(question(memory, train__batch_size=4, data__max_seq_len=2048))
     assert not choice.fits

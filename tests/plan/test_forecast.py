@@ -24,7 +24,7 @@ MODELS = {
 }
 
 
-POLICIES = ("none", "selective", "full", "offload")
+POLICIES = ("none", "selective", "full", "offload", "tiled")
 CASES = [(model, recompute, "RTX 4090") for model in MODELS for recompute in POLICIES]
 
 

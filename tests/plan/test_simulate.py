@@ -16,7 +16,7 @@ from nibble.train.build import base_options
 
 FAMILIES = ("llama", "gemma2", "mixtral")
 METHODS = ("lora", "qlora", "full")
-RECOMPUTE = ("none", "selective", "full", "offload")
+RECOMPUTE = ("none", "selective", "full", "offload", "tiled")
 # Document lengths of each forward pass: one row, packed rows, accumulation.
 ROWS = (((96,),), ((60, 30, 38),), ((64, 64), (32, 90), (128,)))
 EXTRAS = (

@@ -9,11 +9,19 @@ from hypothesis import strategies as st
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from nibble.data.chat import Example
+from nibble.data.loader import rows_to_batch
+from nibble.data.packing import pack
 from nibble.kernels.target import planned_device
+from nibble.model.adapt import adapt
+from nibble.model.load import load_base
 from nibble.train import paging
-from nibble.train.optimizer import AdamW, ParameterGroup
+from nibble.train.checkpoint import TrainState, restore, save
+from nibble.train.loss import token_loss
+from nibble.train.optimizer import AdamW, ParameterGroup, parameter_groups
 from nibble.train.paging import PagedMoments, count_bytes, cut_pages
 from nibble.train.state8bit import Moments8, Moments32
+from nibble.train.step import train_step
 
 PAGE_BYTES = {32: 2048 * 2, 8: 520 * 2}
 SHAPES = (((3, 300), (7,), (511,)), ((1030,), (2, 2)))
@@ -141,3 +149,41 @@ def test_a_step_runs_on_tensors_without_values(bits):
         optimizer = _optimizer(bits=bits, is_paged=True, page_bytes=PAGE_BYTES[bits])
         optimizer.step(1e-2)
     assert optimizer.moments.pages_out == 6
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+def test_a_model_trains_the_same_way_and_resumes_the_other_way(tiny_model_folder, tmp_path, bits):
+    """200 steps, all pages out and in at each; halfway, each takes the other's place."""
+
+    def make(is_paged):
+        model, _ = load_base(str(tiny_model_folder("llama")), "nf4")
+        adapt(model, rank=4, alpha=8, generator=torch.Generator().manual_seed(0))
+        groups = parameter_groups(model)
+        options = {"bits": bits, "is_paged": is_paged, "page_bytes": PAGE_BYTES[bits]}
+        return model.train(), AdamW(groups, **options)
+
+    def train(model, optimizer, first, last):
+        for step in range(first, last):
+            generator = torch.Generator().manual_seed(step)
+            ids = torch.randint(5, 261, (20,), generator=generator).tolist()
+            rows = pack([Example(ids, ids, "", 0)], max_seq_len=20)
+            batch = rows_to_batch(rows, [0])
+            train_step(
+                lambda b: token_loss(model, b), [batch], optimizer, lr=1e-3, max_grad_norm=1.0
+            )
+
+    runs = {is_paged: make(is_paged) for is_paged in (False, True)}
+    for is_paged, (model, optimizer) in runs.items():
+        train(model, optimizer, 0, 100)
+        save(tmp_path / str(is_paged), TrainState(100), optimizer, identity="")
+        train(model, optimizer, 100, 200)
+    paged = runs[True][1].moments
+    assert paged.pages_out == paged.pages_in == 200 * len(paged._pages)
+    assert len(paged._pages) > 10
+    expected = {name: value.clone() for name, value in runs[False][1].state().items()}
+    _assert_equal(runs[True][1].state(), expected)
+    for is_paged in runs:
+        model, optimizer = make(is_paged)
+        assert restore(tmp_path / str(not is_paged), optimizer, identity="") == TrainState(100)
+        train(model, optimizer, 100, 200)
+        _assert_equal(optimizer.state(), expected)

@@ -226,7 +226,7 @@ RUN = nibble.load_config(None, ["method=lora", "train.recompute=none", "optim.pa
 
 class TestMessage:
     def test_what_is_set_already_is_no_way_out(self):
-        values = {"method": "qlora", "train.recompute": "full", "lora.rank": 1}
+        values = {"method": "qlora", "train.recompute": "tiled", "lora.rank": 1}
         run = RUN.with_values(values, "flag")
         with pytest.raises(OutOfMemoryError) as caught, out_of_memory_named(run, {}):
             raise MemoryError

@@ -1,0 +1,248 @@
+"""A whole run beside TRL's SFTTrainer: from the start of the program to the saved adapter.
+
+    python benchmarks/vs_trl.py --shared ../shared                  five sets, LoRA
+    python benchmarks/vs_trl.py --sets legal --methods lora qlora --rows 640
+
+Both train `base-16m` on the same conversations for the same epochs: 16 of them a step, cut at 512
+tokens, loss on the answers, rank 16 on all linear layers, the same schedule, in bf16 with float32
+adapters. Each run is a process of its own; runs of the contenders follow each other, set by set.
+Held-out loss is measured afterwards, for every adapter by the same code.
+
+TRL runs at its defaults, tuned (nothing computed again, rows of like length together, AdamW in one
+kernel) and packed. It reads conversations that are converted beforehand. Install it with
+`pip install -r benchmarks/peers-requirements.txt`.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+from recording import machine, write_results
+
+SETS = ("biomedical", "code", "customer", "legal", "maths")
+BATCH_SIZE, MAX_LENGTH, LEARNING_RATE, WARMUP = 16, 512, 4e-3, 0.03
+RANK, ALPHA = 16, 32
+# What each TRL contender sets beside what all share.
+TRL = {
+    "TRL, defaults": {},
+    "TRL, tuned": {
+        "gradient_checkpointing": False,
+        "train_sampling_strategy": "group_by_length",
+        "optim": "adamw_torch_fused",
+    },
+    "TRL, packed": {
+        "gradient_checkpointing": False,
+        "optim": "adamw_torch_fused",
+        "packing": True,
+        "per_device_train_batch_size": 1,
+    },
+}
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one contender is to do."""
+
+    contender: str
+    method: str
+    model: str
+    data: str
+    out: str
+    epochs: int
+    packed_rows: int
+
+
+def train_nibble(work: Work) -> list[str]:
+    """The command of our run; all that is not the work itself is left to nibble."""
+    settings = [
+        f"train.batch_size={BATCH_SIZE}", f"data.max_seq_len={MAX_LENGTH}", "data.packing=false",
+        f"train.epochs={work.epochs}", f"optim.lr={LEARNING_RATE}", f"optim.warmup={WARMUP}",
+        f"lora.rank={RANK}", f"lora.alpha={ALPHA}",
+    ]  # fmt: skip
+    words = [sys.executable, "-m", "nibble", "train", "--model", work.model, "--data", work.data]
+    words += ["--method", work.method, "--out", work.out]
+    return [*words, *(word for setting in settings for word in ("--set", setting))]
+
+
+def train_trl(work: Work) -> None:
+    """TRL's run, from loading to the saved adapter."""
+    import torch
+    from datasets import load_dataset
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+    from trl import SFTConfig, SFTTrainer
+
+    quantization = None
+    if work.method == "qlora":
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )
+    model = AutoModelForCausalLM.from_pretrained(
+        work.model, dtype=torch.bfloat16, quantization_config=quantization
+    )
+    model.config.use_cache = False
+    shared = {
+        "output_dir": work.out,
+        "per_device_train_batch_size": BATCH_SIZE,
+        "num_train_epochs": work.epochs,
+        "learning_rate": LEARNING_RATE,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": WARMUP,
+        "max_grad_norm": 1.0,
+        "max_length": MAX_LENGTH,
+        "completion_only_loss": True,
+        "bf16": True,
+        "use_cpu": not torch.cuda.is_available(),
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+    own = dict(TRL[work.contender])
+    if own.get("packing"):
+        # Rows hold several conversations: as many of them a step as hold some 16.
+        own["gradient_accumulation_steps"] = work.packed_rows
+    trainer = SFTTrainer(
+        model=model,
+        args=SFTConfig(**{**shared, **own}),
+        train_dataset=load_dataset("json", data_files=work.data, split="train"),
+        processing_class=AutoTokenizer.from_pretrained(work.model),
+        peft_config=LoraConfig(
+            r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM"
+        ),
+    )
+    trainer.train()
+    trainer.save_model(work.out)
+    print(f"steps {trainer.state.global_step}")
+
+
+def convert(source: Path, target: Path, num_rows: int | None) -> Path:
+    """The first rows of a file as they are, and beside them as TRL reads them.
+
+    Returns:
+        The path of TRL's: messages before the answer, and the answer.
+    """
+    from nibble.data.records import read_records
+
+    target.write_text("".join(source.read_text().splitlines(keepends=True)[:num_rows]))
+    converted = target.with_suffix(".trl.jsonl")
+    with converted.open("w") as file:
+        for conversation in read_records(target):
+            messages = [{"role": m.role, "content": m.content} for m in conversation.messages]
+            file.write(json.dumps({"prompt": messages[:-1], "completion": messages[-1:]}) + "\n")
+    return converted
+
+
+def run_process(words: list[str], log: Path) -> float:
+    """Seconds of a process; what it says goes to a file."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "true"}
+    start = time.perf_counter()
+    with log.open("w") as file:
+        subprocess.run(words, check=True, stdout=file, stderr=subprocess.STDOUT, env=environment)
+    return time.perf_counter() - start
+
+
+def held_out_loss(model: str, adapter: Path, data: Path, method: str) -> float:
+    """The loss of any contender's adapter on held-out conversations."""
+    words = [sys.executable, "-m", "nibble", "eval", "--model", model, "--adapter", str(adapter)]
+    words += ["--data", str(data), "--json", "--method", method]
+    words += ["--set", f"data.max_seq_len={MAX_LENGTH}"]
+    done = subprocess.run(words, check=True, capture_output=True, text=True)
+    return json.loads(done.stdout)["loss"]
+
+
+def packed_rows_a_step(data: Path, model: str) -> int:
+    """How many packed rows hold as many tokens as a step of conversations does."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    rows = [json.loads(line) for line in data.read_text().splitlines()]
+    texts = [
+        tokenizer.apply_chat_template(row["prompt"] + row["completion"], tokenize=False)
+        for row in rows
+    ]
+    tokens = sum(min(len(ids), MAX_LENGTH) for ids in tokenizer(texts)["input_ids"])
+    return max(1, round(BATCH_SIZE * tokens / len(rows) / MAX_LENGTH))
+
+
+def compare(options: argparse.Namespace, name: str, method: str, folder: Path) -> list[str]:
+    """The lines of one set and method."""
+    model, source = str(options.shared / "models" / "base-16m"), options.shared / "data" / name
+    data = folder / f"{name}.jsonl"
+    converted = convert(source / "train.jsonl", data, options.rows)
+    packed_rows = packed_rows_a_step(converted, model)
+    found: dict[str, tuple[float, float]] = {}
+    for contender in ("nibble", *options.contenders):
+        out = folder / f"{name}-{method}-{contender.replace(', ', '-')}"
+        is_ours = contender == "nibble"
+        work = Work(
+            contender=contender,
+            method=method,
+            model=model,
+            data=str(data if is_ours else converted),
+            out=str(out),
+            epochs=options.epochs,
+            packed_rows=packed_rows,
+        )
+        peer = [sys.executable, __file__, "--train-trl", json.dumps(asdict(work))]
+        seconds = run_process(train_nibble(work) if is_ours else peer, out.with_suffix(".log"))
+        adapter = out / "adapter" if is_ours else out
+        loss = held_out_loss(model, adapter, source / "eval.jsonl", method)
+        found[contender] = seconds, loss
+        print(f"{name} {method} {contender}: {seconds:.1f} s, held-out loss {loss:.4f}", flush=True)
+    ours = found["nibble"][0]
+    return [
+        f"| {name} | {method} | {contender} | {seconds:.1f} | {loss:.4f} | {seconds / ours:.2f}x |"
+        for contender, (seconds, loss) in found.items()
+    ]
+
+
+def main() -> None:
+    """Measure, print, and write with --write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shared", type=Path, default=Path("../shared"))
+    parser.add_argument("--sets", nargs="+", default=list(SETS), choices=SETS)
+    parser.add_argument("--methods", nargs="+", default=["lora"], choices=["lora", "qlora"])
+    parser.add_argument("--contenders", nargs="+", default=list(TRL), choices=list(TRL))
+    parser.add_argument("--rows", type=int, help="Only the first rows of each set.")
+    parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--write", action="store_true", help="Put the table into results/.")
+    parser.add_argument("--train-trl", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.train_trl:
+        train_trl(Work(**json.loads(options.train_trl)))
+        return
+    import torch
+
+    names = ("transformers", "peft", "bitsandbytes", "trl", "accelerate")
+    lines = [
+        "# Whole runs on real conversations against TRL",
+        "",
+        f"Device: {machine()}, {torch.get_num_threads()} thread(s). torch {torch.__version__}, "
+        f"{', '.join(f'{name} {version(name)}' for name in names)}. {options.epochs} epoch(s), "
+        f"{BATCH_SIZE} conversations a step; seconds from the start of the program to the saved "
+        "adapter.",
+        "",
+        "| set | method | contender | seconds | held-out loss | our time is shorter |",
+        "|---|---|---|---|---|---|",
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        for method in options.methods:
+            for name in options.sets:
+                lines += compare(options, name, method, Path(folder))
+    print("\n".join(lines))
+    if options.write:
+        write_results("vs_trl", lines)
+
+
+if __name__ == "__main__":
+    main()
