@@ -20,6 +20,7 @@ from nibble.kernels.nf4_reference import (
 )
 from nibble.kernels.triton_support import as_weight, is_right, launch
 
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # A thread of four warps takes one word of 8 codes. Source: resources in tests/golden.
 WORDS = 128
 VALUES = 1024
@@ -71,7 +72,7 @@ def _agrees(values: Tensor, type: str, device: torch.device) -> bool:
     absmax, nested_absmax, offset = (part.to(device) for part in quantize_scales(scale_N))
     plain = Quantized(codes, scale_N.to(device), None, None, shape, type)
     double = Quantized(codes, absmax, nested_absmax, offset, shape, type)
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    for dtype in DTYPES:
         for q, start, count in ((double, 8, 200 * BLOCK_SIZE), (plain, 3, values.numel() - 3)):
             expected, got = torch.zeros(2, count, dtype=dtype, device=device)
             decode_reference(q, expected, start)

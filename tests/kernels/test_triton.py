@@ -9,8 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from nibble.kernels import nf4, triton_support
+from nibble.kernels import cross_entropy, layers_triton, nf4, triton_support
+from nibble.kernels.layers import gated, rms_norm
+from nibble.kernels.library import library_for
+from nibble.kernels.rotary import rotary
+from nibble.kernels.target import planned_device
 
 HERE = Path(__file__).parent
 CUDA = torch.device("cuda", 0)
@@ -18,7 +23,7 @@ has_triton = importlib.util.find_spec("triton") is not None
 
 
 @pytest.mark.skipif(not has_triton, reason="needs Triton")
-@pytest.mark.parametrize("module", ["test_nf4_triton.py"])
+@pytest.mark.parametrize("module", ["test_nf4_triton.py", "test_layers_triton.py"])
 def test_parity_by_the_interpreter(module):
     # In a process of its own: Triton reads the variable when it is imported.
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -77,3 +82,42 @@ def test_kernels_are_imported_without_triton():
         "from nibble.kernels import layers, nf4, nf4_triton, rotary"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_plan_for_cuda_counts_on_triton(monkeypatch):
+    monkeypatch.setattr(triton_support, "launch", None)
+    bytes_moved = []
+    planned = planned_device("cuda", on_kernel=lambda *told: bytes_moved.append(told[2]))
+    with planned, FakeTensorMode():
+        x = torch.empty(6, 32, dtype=torch.bfloat16, requires_grad=True)
+        assert isinstance(library_for(x), layers_triton.Library)
+        assert library_for(x, torch.empty(32)) is None
+        gated(rms_norm(x, x[0].detach(), 1e-6, unit_offset=False), x, "silu").sum().backward()
+        query, cos = torch.empty(1, 2, 6, 16, dtype=x.dtype), torch.empty(1, 6, 16, dtype=x.dtype)
+        rotary(query, query, cos, cos)
+    wide, row = x.nbytes, 32 * 2
+    norm, rotation = 2 * wide + row + 6 * 4, 2 * query.nbytes + 2 * cos.nbytes
+    assert bytes_moved == [norm, 3 * wide, 5 * wide, norm + wide, rotation, rotation]
+
+
+def test_a_plan_against_the_users_will_counts_on_torch(monkeypatch):
+    monkeypatch.setenv("NIBBLE_NO_COMPILE", "1")
+    with planned_device("cuda"), FakeTensorMode():
+        assert library_for(torch.empty(2, 3)) is None
+
+
+def test_a_plan_for_cuda_has_no_logits_in_float32():
+    class Allocated(torch.utils._python_dispatch.TorchDispatchMode):
+        largest = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor):
+                self.largest = max(self.largest, result.untyped_storage().nbytes())
+            return result
+
+    with planned_device("cuda"), FakeTensorMode(), Allocated() as allocated:
+        logits = torch.empty(256, 1000, dtype=torch.bfloat16)
+        labels = torch.empty(256, dtype=torch.int64)
+        cross_entropy._loss_and_gradient_(logits, labels, cross_entropy._Shape(None, 1.0))
+    assert allocated.largest == logits.nbytes
