@@ -21,6 +21,7 @@ check: $(INSTALLED)-test
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest tests/test_structure.py
 	$(BIN)/python tools/make_docs.py --check
+	$(BIN)/python tools/compile_triton.py --check
 
 fix: $(INSTALLED)-test
 	$(BIN)/ruff check --fix .
