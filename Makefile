@@ -36,10 +36,11 @@ bench: $(INSTALLED)-test
 	$(BIN)/python benchmarks/vs_peers.py
 	$(BIN)/python benchmarks/held_out_loss.py
 
-# Eight minutes at most on one GPU: the tests marked gpu, the main job, then the planner.
+# Ten minutes at most on one GPU: the tests marked gpu, the main job, kernels, then the planner.
 gpu-check:
 	python3 -m pytest -m gpu
 	python3 -m nibble demo
+	python3 benchmarks/triton_kernels.py --write
 	python3 benchmarks/plan_accuracy.py --write
 
 clean:
