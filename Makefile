@@ -21,6 +21,7 @@ check: $(INSTALLED)-test
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest tests/test_structure.py
 	$(BIN)/python tools/make_docs.py --check
+	$(BIN)/python tools/compile_triton.py --check
 
 fix: $(INSTALLED)-test
 	$(BIN)/ruff check --fix .
@@ -35,10 +36,11 @@ bench: $(INSTALLED)-test
 	$(BIN)/python benchmarks/vs_peers.py
 	$(BIN)/python benchmarks/held_out_loss.py
 
-# Eight minutes at most on one GPU: the tests marked gpu, the main job, then the planner.
+# Ten minutes at most on one GPU: the tests marked gpu, the main job, kernels, then the planner.
 gpu-check:
 	python3 -m pytest -m gpu
 	python3 -m nibble demo
+	python3 benchmarks/triton_kernels.py --write
 	python3 benchmarks/plan_accuracy.py --write
 
 clean:

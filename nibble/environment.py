@@ -1,7 +1,9 @@
 """Settings of the libraries below torch, which they read from the environment on first use."""
 
+import atexit
 import gc
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -41,5 +43,12 @@ def quick_imports() -> Iterator[None]:
         yield
     finally:
         gc.freeze()
+        atexit.register(_unfreeze_for_triton)
         if was_enabled:
             gc.enable()
+
+
+def _unfreeze_for_triton() -> None:
+    """Let a last search find what Triton made: it prints what is left when a process ends."""
+    if "triton" in sys.modules:
+        gc.unfreeze()

@@ -4,6 +4,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 from nibble import environment
 
 GROWTH = """
@@ -32,3 +34,13 @@ def test_new_shapes_of_products_do_not_grow_the_process_for_ever():
     )
     before, after = map(int, done.stdout.split())
     assert after - before < 30_000_000
+
+
+def test_triton_has_nothing_to_complain_of_at_the_end():
+    pytest.importorskip("triton")
+    code = (
+        "from nibble.environment import quick_imports\n"
+        "with quick_imports():\n    import triton, torch._dynamo.utils"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not done.stderr

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from nibble.kernels.layers_cpu import library_for
+from nibble.kernels.library import library_for
 from nibble.kernels.target import device_type
 
 IGNORED = -100
@@ -187,8 +187,7 @@ def _loss_and_gradient_(logits_CV: Tensor, labels_C: Tensor, shape: _Shape) -> T
     """The summed loss; `logits_CV` then holds its gradient with respect to the raw product."""
     library = library_for(logits_CV)
     if library is not None:
-        loss = library.head_(logits_CV, labels_C, shape.logit_scale, shape.softcap)
-        return torch.tensor(loss, dtype=torch.float32)
+        return library.head_(logits_CV, labels_C, shape.logit_scale, shape.softcap)
     loss = torch.zeros((), device=logits_CV.device)
     for raw, label in _tiles(logits_CV, labels_C):
         logits = _shaped(raw, shape)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from nibble.kernels.layers_cpu import Library, library_for
+from nibble.kernels.library import Library, library_for
 
 aten: Any = torch.ops.aten
 ACTIVATIONS = ("silu", "gelu_tanh")
@@ -204,5 +204,5 @@ def _product(gate: Tensor, up: Tensor, activation: str) -> Tensor:
 
 
 def _gated_library(gate: Tensor, up: Tensor, *others: Tensor) -> Library | None:
-    """The compiled code for inputs whose rows lie alike."""
+    """The fast code for inputs whose rows lie alike."""
     return library_for(gate, up, *others) if gate.stride() == up.stride() else None

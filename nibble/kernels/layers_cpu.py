@@ -56,7 +56,7 @@ class Library:
         self, x: Tensor, weight: Tensor, eps: float, unit_offset: bool
     ) -> tuple[Tensor, Tensor]:
         """y and 1 / rms(x), as `layers.rms_norm`: (..., D) -> (..., D) and (..., 1)."""
-        x_TD, rstd = _rows(x), torch.empty(*x.shape[:-1], 1)
+        x_TD, rstd = rows_of(x), torch.empty(*x.shape[:-1], 1)
         y_TD, rstd_T = torch.empty_like(x_TD), rstd.view(-1)
 
         def work(row: int, stop: int) -> None:
@@ -70,7 +70,7 @@ class Library:
 
     def norm_again(self, x: Tensor, weight: Tensor, rstd: Tensor, unit_offset: bool) -> Tensor:
         """y once more."""
-        x_TD, rstd_T = _rows(x), rstd.view(-1)
+        x_TD, rstd_T = rows_of(x), rstd.view(-1)
         y_TD = torch.empty_like(x_TD)
 
         def work(row: int, stop: int) -> None:
@@ -86,7 +86,7 @@ class Library:
         self, x: Tensor, weight: Tensor, rstd: Tensor, grad: Tensor, unit_offset: bool
     ) -> Tensor:
         """The gradient of x, from that of y."""
-        x_TD, grad_TD, rstd_T = _rows(x), _rows(grad), rstd.view(-1)
+        x_TD, grad_TD, rstd_T = rows_of(x), rows_of(grad), rstd.view(-1)
         grad_x_TD = torch.empty_like(x_TD)
 
         def work(row: int, stop: int) -> None:
@@ -100,7 +100,7 @@ class Library:
 
     def gated(self, gate: Tensor, up: Tensor, activation: str) -> Tensor:
         """act(gate) * up, (..., F); the two evenly spaced alike."""
-        gate_TF, up_TF = _rows(gate, dense=False), _rows(up, dense=False)
+        gate_TF, up_TF = rows_of(gate, dense=False), rows_of(up, dense=False)
         y_TF = torch.empty(gate_TF.shape, dtype=gate.dtype)
         width, stride = gate.shape[-1], gate_TF.stride(0)
 
@@ -117,7 +117,11 @@ class Library:
         self, gate: Tensor, up: Tensor, grad: Tensor, activation: str
     ) -> tuple[Tensor, Tensor]:
         """The gradients of gate and up, from that of the product."""
-        gate_TF, up_TF, grad_TF = _rows(gate, dense=False), _rows(up, dense=False), _rows(grad)
+        gate_TF, up_TF, grad_TF = (
+            rows_of(gate, dense=False),
+            rows_of(up, dense=False),
+            rows_of(grad),
+        )
         grad_gate_TF, grad_up_TF = torch.empty_like(grad_TF), torch.empty_like(grad_TF)
         width, stride = gate.shape[-1], gate_TF.stride(0)
 
@@ -163,7 +167,7 @@ class Library:
 
         _run(work, scores, grad)
 
-    def head_(self, raw: Tensor, labels: Tensor, scale: float, softcap: float | None) -> float:
+    def head_(self, raw: Tensor, labels: Tensor, scale: float, softcap: float | None) -> Tensor:
         """Make raw logits (C, V) the gradient of their summed cross-entropy; returns the sum."""
         losses = []
 
@@ -174,7 +178,7 @@ class Library:
             )
 
         _run(work, raw)
-        return sum(losses)
+        return torch.tensor(sum(losses), dtype=torch.float32)
 
 
 @cache
@@ -196,6 +200,12 @@ def library_for(*tensors: Tensor) -> Library | None:
     return load() if is_known else None
 
 
+def rows_of(x: Tensor, *, dense: bool = True) -> Tensor:
+    """(..., D) -> (rows, D), copied where rows are uneven or, if need be, apart."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows.contiguous() if dense or rows.stride(-1) != 1 else rows
+
+
 def agrees_with_reference(library: Library) -> bool:
     """Whether a norm, a gated unit and a softmax are what torch makes of them."""
     generator = torch.Generator().manual_seed(0)
@@ -210,12 +220,6 @@ def agrees_with_reference(library: Library) -> bool:
     library.attend_(scores, 1.0)
     pairs.append((scores, masked.softmax(-1)))
     return all(torch.allclose(ours.float(), theirs, rtol=2e-2, atol=1e-3) for ours, theirs in pairs)
-
-
-def _rows(x: Tensor, *, dense: bool = True) -> Tensor:
-    """(..., D) -> (rows, D), copied where rows are uneven or, if need be, apart."""
-    rows = x.reshape(-1, x.shape[-1])
-    return rows.contiguous() if dense or rows.stride(-1) != 1 else rows
 
 
 def _at(x: Tensor, index: int) -> int:

@@ -1,7 +1,8 @@
 """Weights in 4 bits: quantize, dequantize. The format itself stands in `nf4_reference`.
 
-On a CPU the compiled code of `nf4_cpu` does the work where it can be built; elsewhere, and as the
-oracle of every test, the plain torch code of `nf4_reference` does. Both give the same bits.
+On a CPU the compiled code of `nf4_cpu` does the work where it can be built, and on a CUDA device
+the Triton code of `nf4_triton` dequantizes; elsewhere, and as the oracle of every test, the plain
+torch code of `nf4_reference` does. All give the same bits.
 
 Source:
     Dettmers et al. 2023, QLoRA, arXiv:2305.14314, section 3 and appendix E.
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from nibble.errors import ModelError, UsageError
-from nibble.kernels import nf4_cpu
+from nibble.kernels import nf4_cpu, nf4_triton
 from nibble.kernels.nf4_reference import (
     BLOCK_SIZE,
     BLOCK_SIZES,
@@ -54,8 +55,8 @@ _SEARCH_FRACTIONS = tuple(0.60 + 0.025 * step for step in range(17))
 
 def implementation(device: torch.device | str = "cpu") -> str:
     """Name of the code that quantises and dequantises on this device, for reports."""
-    is_cpu = torch.device(device).type == "cpu"
-    return nf4_cpu.implementation() if is_cpu else "torch reference"
+    device = torch.device(device)
+    return nf4_cpu.implementation() if device.type == "cpu" else nf4_triton.implementation(device)
 
 
 def quantize(
@@ -180,11 +181,7 @@ def dequantize(
         num_parts = q.numel // out_flat.numel()
         report_kernel("decode", 0, out_flat.nbytes + q.nbytes // num_parts, num_parts)
         return out_flat.view(shape)
-    library = _library(q.codes, out_flat)
-    if library is None:
-        decode_reference(q, out_flat, start)
-    else:
-        library.decode(q, out_flat, start)
+    _decoder(q.codes, out_flat)(q, out_flat, start)
     return out_flat.view(shape)
 
 
@@ -319,7 +316,18 @@ def _levels(values: Tensor, scale_N: Tensor, type: str, block_size: int) -> Tens
     return dequantize(unit, dtype=torch.float32)
 
 
+def _decoder(*parts: Tensor) -> nf4_triton.Decode:
+    """The fastest code that decodes into such parts."""
+    if _are_plain(parts, "cuda"):
+        return nf4_triton.load(parts[0].device) or decode_reference
+    library = _library(*parts)
+    return decode_reference if library is None else library.decode
+
+
 def _library(*parts: Tensor) -> nf4_cpu.Library | None:
     """The compiled code if all parts are plain memory of a CPU."""
-    is_plain = all(type(t) in (Tensor, Parameter) and t.device.type == "cpu" for t in parts)
-    return nf4_cpu.load() if is_plain else None
+    return nf4_cpu.load() if _are_plain(parts, "cpu") else None
+
+
+def _are_plain(parts: Sequence[Tensor], type_: str) -> bool:
+    return all(type(t) in (Tensor, Parameter) and t.device.type == type_ for t in parts)

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nibble.kernels import layers_cpu
+from nibble.kernels.library import Library, library_for
+from nibble.kernels.target import device_type
 
 
 def rotary(
@@ -47,7 +48,10 @@ class _Rotary(torch.autograd.Function):
         library = _library(x, cos, sin)
         if library is None:
             return rotary_reference(x, cos, sin)
-        y = torch.empty_like(x, memory_format=torch.contiguous_format)
+        # Products of heads on a CPU read them one after the other, attention on a GPU as they lie.
+        is_cpu = device_type(x) == "cpu"
+        layout = torch.contiguous_format if is_cpu else torch.preserve_format
+        y = torch.empty_like(x, memory_format=layout)
         library.rotate(x[0], cos[0, 0], sin[0, 0], y[0], back=False)
         return y
 
@@ -77,8 +81,8 @@ def _turned_back(grad: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([turned, rest], -1) if rest.shape[-1] else turned
 
 
-def _library(x: Tensor, cos: Tensor, sin: Tensor) -> layers_cpu.Library | None:
-    """The compiled code for one row of tokens whose heads are dense."""
+def _library(x: Tensor, cos: Tensor, sin: Tensor) -> Library | None:
+    """The fast code for one row of tokens whose heads are dense."""
     is_dense = x.stride(-1) == 1 and cos.is_contiguous() and sin.is_contiguous()
     is_one_row = len(x) == len(cos) == cos.shape[1] == 1
-    return layers_cpu.library_for(x, cos, sin) if is_dense and is_one_row else None
+    return library_for(x, cos, sin) if is_dense and is_one_row else None
