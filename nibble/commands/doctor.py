@@ -18,7 +18,7 @@ def doctor(
         typer.echo(progress.to_json(report))
     else:
         for name, value in report["environment"].items():
-            typer.echo(f"{name:16} {value}")
+            typer.echo(f"{name:18} {value}")
         for name, is_right in report["checks"].items():
             typer.echo(f"{'ok  ' if is_right else 'FAIL'} {name}")
     if not all(report["checks"].values()):
@@ -28,7 +28,7 @@ def doctor(
 def _environment() -> dict[str, Any]:
     import torch
 
-    from nibble.kernels.nf4 import implementation
+    from nibble.kernels.library import paths
     from nibble.train.manifest import package_version
     from nibble.train.memory import available_bytes
 
@@ -41,7 +41,7 @@ def _environment() -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.machine(),
         "free memory": size(available_bytes(device)),
         "threads": torch.get_num_threads(),
-        "4-bit path": implementation(device),
+        **{f"{what} by": path for what, path in paths(device).items()},
     }
 
 

@@ -1,4 +1,7 @@
-"""Causal attention for training in bfloat16 on a CPU, by plain products of blocks.
+"""Causal attention for training in bfloat16 on a CPU.
+
+Where float32 is multiplied faster, torch's fused attention does it on widened states; nothing wide
+is kept. Elsewhere it goes by plain products of blocks:
 
     rows        256 rows of scores at a time, against the keys up to their end
     matrices    as many (document, head) pairs at once as keep a block in the cache of a core
@@ -17,6 +20,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from nibble.kernels.layers_cpu import library_for
+from nibble.kernels.products import product_dtype
 from nibble.kernels.target import device_type, is_fake, report_kernel
 
 aten: Any = torch.ops.aten
@@ -26,9 +30,21 @@ BLOCK_ROWS = 256
 BLOCK_VALUES = 1 << 19
 
 
-def is_blocked(query: Tensor) -> bool:
-    """Whether `blocked_attention` is the faster one for these states."""
+def has_own_attention(query: Tensor) -> bool:
+    """Whether `cpu_attention` is for these states."""
     return query.dtype == torch.bfloat16 and device_type(query) == "cpu"
+
+
+def cpu_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """The faster of the two on this CPU; shapes as in `blocked_attention`."""
+    is_wide = product_dtype(query) != query.dtype
+    return (wide_attention if is_wide else blocked_attention)(query, key, value, scale)
+
+
+def wide_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """`blocked_attention` by torch's fused attention in float32."""
+    y: Any = _WideAttention.apply(query, key, value, scale)
+    return y
 
 
 def blocked_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
@@ -47,6 +63,50 @@ def blocked_attention_reference(query: Tensor, key: Tensor, value: Tensor, scale
     return F.scaled_dot_product_attention(
         query, key, value, is_causal=True, scale=scale, enable_gqa=is_grouped
     )
+
+
+class _WideAttention(torch.autograd.Function):
+    """Keeps states and output in their own type, and the logarithm of each sum."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        wide = _widened(query, key, value)
+        y, log_sums = aten._scaled_dot_product_flash_attention_for_cpu(
+            *wide, 0.0, True, scale=scale
+        )
+        y = y.to(query.dtype)
+        ctx.save_for_backward(query, key, value, y, log_sums)
+        ctx.scale = scale
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grads: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, None]:
+        query, key, value, y, log_sums = ctx.saved_tensors
+        wide = _widened(query, key, value)
+        grad_q, grad_k, grad_v = aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            *(grads[0].float(), *wide, y.float(), log_sums, 0.0, True), scale=ctx.scale
+        )
+        # Heads that share a key head lie beside one another.
+        grad_k, grad_v = (
+            grad.view(len(key), key.shape[1], -1, *key.shape[2:]).sum(2)
+            if key.shape[1] != query.shape[1]
+            else grad
+            for grad in (grad_k, grad_v)
+        )
+        return grad_q.to(query.dtype), grad_k.to(key.dtype), grad_v.to(value.dtype), None
+
+
+def _widened(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """In float32, keys and values once for each query head."""
+    repeats = query.shape[1] // key.shape[1]
+    key, value = (
+        states.float() if repeats == 1 else states.float().repeat_interleave(repeats, 1)
+        for states in (key, value)
+    )
+    return query.float(), key, value
 
 
 class _BlockedAttention(torch.autograd.Function):

@@ -9,6 +9,7 @@ forward. Rows whose label is -100 cost nothing.
 Labels are shifted by the caller; dividing by the number of targets is the caller's affair too.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from nibble.kernels.library import library_for
+from nibble.kernels.products import product_dtype
 from nibble.kernels.target import device_type
 
 IGNORED = -100
@@ -25,6 +27,8 @@ IGNORED = -100
 CHUNK_ROWS = 256
 # Rows of float32 softmax at once on a CPU: 8 * 32000 * 4 bytes = 1 MB stays in the cache.
 CPU_TILE_ROWS = 8
+# Rows of the weight that are widened at once, where products want that.
+SLAB_ROWS = 1024
 
 
 @dataclass(frozen=True)
@@ -126,7 +130,7 @@ class _HeadCrossEntropy(torch.autograd.Function):
             logits_CV = _logits(hidden_CD, weight, bias, buffer)
             loss += _loss_and_gradient_(logits_CV, labels[rows], shape)
             if grad_hidden is not None:
-                grad_hidden[rows] = logits_CV @ weight
+                grad_hidden[rows] = _times_weight(logits_CV, weight)
             if grad_weight is not None:
                 _add_product_(grad_weight, logits_CV, hidden_CD)
             if grad_bias is not None:
@@ -155,8 +159,29 @@ class _HeadCrossEntropy(torch.autograd.Function):
 
 def _logits(hidden_CD: Tensor, weight: Tensor, bias: Tensor | None, buffer: Tensor) -> Tensor:
     """The raw product in the first rows of `buffer`."""
-    logits_CV = torch.mm(hidden_CD, weight.t(), out=buffer[: len(hidden_CD)])
+    logits_CV, dtype = buffer[: len(hidden_CD)], product_dtype(hidden_CD)
+    if dtype == hidden_CD.dtype:
+        torch.mm(hidden_CD, weight.t(), out=logits_CV)
+    else:
+        wide_CD = hidden_CD.to(dtype)
+        for logits_CS, weight_SD in _slabs(logits_CV, weight):
+            logits_CS.copy_(wide_CD @ weight_SD.to(dtype).t())
     return logits_CV if bias is None else logits_CV.add_(bias)
+
+
+def _times_weight(grad_CV: Tensor, weight: Tensor) -> Tensor:
+    dtype = product_dtype(grad_CV)
+    if dtype == grad_CV.dtype:
+        return grad_CV @ weight
+    product_CD = grad_CV.new_zeros((len(grad_CV), weight.shape[1]), dtype=dtype)
+    for grad_CS, weight_SD in _slabs(grad_CV, weight):
+        product_CD.addmm_(grad_CS.to(dtype), weight_SD.to(dtype))
+    return product_CD.to(grad_CV.dtype)
+
+
+def _slabs(rows_CV: Tensor, weight: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Some columns of the rows, and the rows of the weight that belong to them."""
+    return zip(rows_CV.split(SLAB_ROWS, 1), weight.split(SLAB_ROWS), strict=True)
 
 
 def _add_product_(total_VD: Tensor, grad_CV: Tensor, hidden_CD: Tensor) -> None:

@@ -26,7 +26,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.models.falcon.modeling_falcon import FalconAttention, apply_rotary_pos_emb
 
 from nibble.errors import ModelError
-from nibble.kernels.attention import blocked_attention, is_blocked
+from nibble.kernels.attention import cpu_attention, has_own_attention
 
 NAME = "nibble"
 QUERY_BLOCK = 512
@@ -152,8 +152,8 @@ def _attend(
     """Attention inside each of N documents of L tokens: (N, H, L, K) -> (N, H, L, K)."""
     length = query.shape[2]
     is_banded = window is not None and length > window
-    if softcap is None and not is_banded and not dropout and is_blocked(query):
-        return blocked_attention(query, key, value, scale)
+    if softcap is None and not is_banded and not dropout and has_own_attention(query):
+        return cpu_attention(query, key, value, scale)
     if softcap is None and not is_banded:
         return F.scaled_dot_product_attention(
             query,

@@ -16,11 +16,14 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from nibble.kernels.nf4 import BLOCK_SIZE, Quantized, dequantize, quantize
+from nibble.kernels.products import product_dtype
 
 _SCRATCH: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
 
-class _HasDenseWeight(Protocol):
+class HasDenseWeight(Protocol):
+    """A layer that can give its weight as a matrix."""
+
     def dense_weight(self, dtype: torch.dtype) -> Tensor:
         """The weight (O, I) in `dtype`."""
         ...
@@ -149,10 +152,11 @@ class _FrozenLinear(torch.autograd.Function):
     """x W^T + bias with a gradient for x alone; saves no tensor."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: _HasDenseWeight, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, layer: HasDenseWeight, bias: Tensor | None) -> Tensor:
         ctx.layer = layer
-        bias = None if bias is None else bias.to(x.dtype)
-        return F.linear(x, layer.dense_weight(x.dtype), bias)
+        weight = weight_for_product(layer, x)
+        bias = None if bias is None else bias.to(weight.dtype)
+        return F.linear(x.to(weight.dtype), weight, bias).to(x.dtype)
 
     @staticmethod
     @once_differentiable
@@ -160,12 +164,24 @@ class _FrozenLinear(torch.autograd.Function):
         ctx: Any, *grads: Tensor
     ) -> tuple[Tensor, None, None]:
         (grad_y,) = grads
-        return grad_y @ ctx.layer.dense_weight(grad_y.dtype), None, None
+        weight = weight_for_product(ctx.layer, grad_y)
+        return (grad_y.to(weight.dtype) @ weight).to(grad_y.dtype), None, None
 
 
-def _frozen_linear(x: Tensor, layer: _HasDenseWeight, bias: Tensor | None) -> Tensor:
+def _frozen_linear(x: Tensor, layer: HasDenseWeight, bias: Tensor | None) -> Tensor:
     y: Any = _FrozenLinear.apply(x, layer, bias)
     return y
+
+
+def weight_for_product(layer: HasDenseWeight, x: Tensor) -> Tensor:
+    """The dense weight, rounded to the type of `x`, in the type in which both are multiplied.
+
+    Valid until the next call, of any layer, on this device and in this dtype.
+    """
+    weight, dtype = layer.dense_weight(x.dtype), product_dtype(x)
+    if weight.dtype == dtype:
+        return weight
+    return scratch(weight.device, dtype, weight.numel()).view(weight.shape).copy_(weight)
 
 
 def _frozen(tensor: Tensor | None) -> nn.Parameter | None:

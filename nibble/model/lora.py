@@ -15,6 +15,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from nibble.kernels.layers import recipe_of
+from nibble.kernels.products import product_dtype
+from nibble.model.linear4bit import weight_for_product
 
 
 class FrozenLinear(Protocol):
@@ -39,7 +41,7 @@ class LoRALinear(nn.Module):
         y = base(x) + scale * dropout(x) A^T B^T,   scale = alpha / rank
 
     A is drawn from U(-1/sqrt(I), 1/sqrt(I)) and B is zero, so a new layer computes exactly what
-    its base computes. Products run in the type of x; the factors keep their own type.
+    its base computes. Products run in `product_dtype` of x; the factors keep their own type.
 
     Shapes:
         x: (..., I) -> y: (..., O), with I = in_features and O = out_features.
@@ -131,34 +133,40 @@ class _AdaptedProduct(torch.autograd.Function):
         x_TI = x.reshape(-1, x.shape[-1])
         input_TI = x_TI if x_dropped is None else x_dropped.reshape(x_TI.shape)
         recipe = recipe_of(x) if x_dropped is None else None
-        xa_TR = input_TI @ lora_A.to(x.dtype).T
-        y = F.linear(x, base.dense_weight(x.dtype), base.bias)
-        y.view(-1, y.shape[-1]).addmm_(xa_TR, lora_B.to(x.dtype).T, alpha=scale)
+        weight = weight_for_product(base, x)
+        dtype = weight.dtype
+        bias = None if base.bias is None else base.bias.to(dtype)
+        xa_TR = input_TI.to(dtype) @ lora_A.to(dtype).T
+        y = F.linear(x.to(dtype), weight, bias)
+        y.view(-1, y.shape[-1]).addmm_(xa_TR, lora_B.to(dtype).T, alpha=scale)
         ctx.base, ctx.scale, ctx.has_dropout = base, scale, x_dropped is not None
         ctx.shape, ctx.maker = x.shape, None
         kept = (input_TI,)
         if recipe is not None:
             ctx.maker, kept = recipe.maker, recipe.tensors
             ctx.maker.num_uses += 1
-        ctx.save_for_backward(xa_TR, lora_A, lora_B, *kept)
-        return y
+        ctx.save_for_backward(xa_TR.to(x.dtype), lora_A, lora_B, *kept)
+        return y.to(x.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         xa_TR, lora_A, lora_B, *kept = ctx.saved_tensors
         made = kept[0] if ctx.maker is None else ctx.maker.take(*kept)
-        input_TI = made.reshape(-1, made.shape[-1])
-        g_TO = grads[0].reshape(-1, grads[0].shape[-1])
-        gb_TR = (g_TO @ lora_B.to(g_TO.dtype)).mul_(ctx.scale)
+        (grad_y,) = grads
+        dtype = product_dtype(grad_y)
+        input_TI = made.reshape(-1, made.shape[-1]).to(dtype)
+        g_TO = grad_y.reshape(-1, grad_y.shape[-1]).to(dtype)
+        gb_TR = (g_TO @ lora_B.to(dtype)).mul_(ctx.scale)
         grad_A = (gb_TR.T @ input_TI).to(lora_A.dtype)
-        grad_B = (g_TO.T @ xa_TR).to(lora_B.dtype).mul_(ctx.scale)
+        grad_B = (g_TO.T @ xa_TR.to(dtype)).to(lora_B.dtype).mul_(ctx.scale)
+        del input_TI
         grad_x = grad_x_dropped = None
         if ctx.needs_input_grad[0]:
-            grad_x_TI = g_TO @ ctx.base.dense_weight(g_TO.dtype)
+            grad_x_TI = g_TO @ weight_for_product(ctx.base, grad_y)
             if not ctx.has_dropout:
-                grad_x_TI.addmm_(gb_TR, lora_A.to(g_TO.dtype))
-            grad_x = grad_x_TI.view(ctx.shape)
+                grad_x_TI.addmm_(gb_TR, lora_A.to(dtype))
+            grad_x = grad_x_TI.to(grad_y.dtype).view(ctx.shape)
         if ctx.has_dropout and ctx.needs_input_grad[1]:
-            grad_x_dropped = (gb_TR @ lora_A.to(g_TO.dtype)).view(ctx.shape)
+            grad_x_dropped = (gb_TR @ lora_A.to(dtype)).to(grad_y.dtype).view(ctx.shape)
         return grad_x, grad_x_dropped, grad_A, grad_B, None, None

@@ -200,13 +200,15 @@ def with_measured_rates(device: Device) -> Device:
 
 
 def measure_cpu(seconds: float = 0.3) -> tuple[float, float]:
-    """FLOP/s of a bf16 matrix product and bytes per second of a copy on this machine's CPU.
+    """FLOP/s of a product as training takes it and bytes per second of a copy on this CPU.
 
     Each is the best of as many runs as fit in half of `seconds`, at least one after a warm-up.
     """
     import torch
 
-    left, right = torch.randn(2, 1024, 1024).bfloat16()
+    from nibble.kernels.products import cpu_product_dtype
+
+    left, right = torch.randn(2, 1024, 1024).to(cpu_product_dtype())
     product_s = _best_time(lambda: left @ right, seconds / 2)
     source = torch.zeros(64 * MIB, dtype=torch.uint8)
     target = torch.zeros_like(source)

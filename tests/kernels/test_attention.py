@@ -6,12 +6,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nibble.kernels import attention as module
-from nibble.kernels import layers_cpu
+from nibble.kernels import layers_cpu, products
 from nibble.kernels.attention import (
     BLOCK_ROWS,
     blocked_attention,
     blocked_attention_reference,
-    is_blocked,
+    cpu_attention,
+    has_own_attention,
+    wide_attention,
 )
 
 
@@ -38,8 +40,8 @@ def outcome(function, inputs, scale=0.3):
     return y, *torch.autograd.grad((y * direction).sum(), inputs)
 
 
-def assert_equal_to_reference(inputs, tolerance):
-    ours = outcome(blocked_attention, inputs)
+def assert_equal_to_reference(inputs, tolerance, function=blocked_attention):
+    ours = outcome(function, inputs)
     theirs = outcome(blocked_attention_reference, inputs)
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
@@ -107,7 +109,35 @@ def test_no_memory_of_the_square_of_the_length():
     assert allocated[2] <= allocated[0] * 2
 
 
+@pytest.mark.parametrize("groups", [1, 2, 6])
+@pytest.mark.parametrize("length", [1, 13, 300])
+def test_wide_values_and_gradients(groups, length):
+    inputs = states(groups=groups, length=length, dtype=torch.bfloat16)
+    exact = [s.detach().double().requires_grad_() for s in inputs]
+    truth = outcome(blocked_attention_reference, exact)
+    for ours, true in zip(outcome(wide_attention, inputs), truth, strict=True):
+        assert ours.dtype == torch.bfloat16
+        assert (ours.double() - true).norm() <= 6e-3 * true.norm() + 1e-9
+
+
+def test_wide_keeps_nothing_wide_but_a_sum_of_each_row():
+    query, key, value = states(length=13, dtype=torch.bfloat16)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        wide_attention(query, key, value, 0.3)
+    wide = [t for t in saved if t.dtype != torch.bfloat16]
+    assert sum(t.numel() for t in wide) == query.numel() // query.shape[-1]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_faster_one_is_taken(monkeypatch, dtype):
+    monkeypatch.setattr(products, "cpu_product_dtype", lambda: dtype)
+    inputs = [s.detach() for s in states(length=40, dtype=torch.bfloat16)]
+    function = blocked_attention if dtype == torch.bfloat16 else wide_attention
+    assert torch.equal(cpu_attention(*inputs, 0.3), function(*inputs, 0.3))
+
+
 def test_when_it_is_used():
-    assert is_blocked(states(dtype=torch.bfloat16)[0])
-    assert not is_blocked(states(dtype=torch.float32)[0])
-    assert not is_blocked(states(dtype=torch.float16)[0])
+    assert has_own_attention(states(dtype=torch.bfloat16)[0])
+    assert not has_own_attention(states(dtype=torch.float32)[0])
+    assert not has_own_attention(states(dtype=torch.float16)[0])

@@ -85,8 +85,10 @@ def test_peaks_equal_those_of_real_tensors(
     shape = Shape(rows, rows[0], (num_tokens - num_documents) / num_tokens)
     planned = simulate(run, read_config(folder), shape, device="cpu")
     real = track_real(run, folder, shape)
+    # The plan rounds the number of targets of each pass: by one row of hidden states and logits.
+    values = read_config(folder)
+    row_bytes = 8 * (values["vocab_size"] + values["hidden_size"])
     for phase in ("forward", "backward", "optimizer", "eval"):
         expected = real.peaks[phase]
-        # A few bytes: the plan rounds the number of targets of each forward pass.
-        assert planned.phases[phase].bytes == pytest.approx(expected.bytes, rel=1e-3), phase
+        assert abs(planned.phases[phase].bytes - expected.bytes) <= row_bytes, phase
         assert set(planned.phases[phase].parts) == set(expected.parts)
