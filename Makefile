@@ -6,7 +6,7 @@ INSTALLED := .venv/.installed
 export OMP_WAIT_POLICY ?= passive
 export GOMP_SPINCOUNT ?= 0
 
-.PHONY: demo test check fix docs bench gpu-check clean
+.PHONY: demo test check fix docs bench gpu-check gpu-bench clean
 
 demo: $(INSTALLED)
 	$(BIN)/nibble demo
@@ -34,14 +34,21 @@ bench: $(INSTALLED)-test
 	$(BIN)/python benchmarks/nf4_cpu.py
 	$(BIN)/python benchmarks/cpu_attention.py
 	$(BIN)/python benchmarks/vs_peers.py
+	$(BIN)/python benchmarks/memory_by_length.py
 	$(BIN)/python benchmarks/held_out_loss.py
 
-# Ten minutes at most on one GPU: the tests marked gpu, the main job, kernels, then the planner.
+# Eight minutes at most on one GPU: the tests marked gpu, the main job, kernels, then the planner.
 gpu-check:
 	python3 -m pytest -m gpu
 	python3 -m nibble demo
 	python3 benchmarks/triton_kernels.py --write
 	python3 benchmarks/plan_accuracy.py --write
+
+# Two commands, ten minutes at most each: memory of 7B to 70B, then an 8B beside the peers.
+gpu-bench:
+	python3 benchmarks/gpu_memory.py --write
+	python3 benchmarks/vs_peers.py --layers 32 --width 4096 --intermediate 14336 --heads 32 \
+		--kv-heads 8 --vocabulary 128256 --tokens 2048 8192 --rounds 5 --write
 
 clean:
 	rm -rf .venv build dist *.egg-info

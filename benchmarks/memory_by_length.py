@@ -52,7 +52,7 @@ def measured_bytes(method: str, recompute: str, tokens: int, folder: Path) -> in
     """Peak of three steps in a process of its own."""
     script = Path(__file__).with_name("vs_peers.py")
     words = [sys.executable, str(script), "--peak-of", f"nibble,{method},{recompute}"]
-    words += ["--tokens", str(tokens), "--folder", str(folder), "--device", "cpu"]
+    words += ["--tokens", str(tokens), "--folder", str(folder)]
     done = subprocess.run(
         words, check=True, capture_output=True, text=True, env={**os.environ, **DENSE}
     )

@@ -135,7 +135,8 @@ def forecaster(run: RunConfig, values: dict[str, Any], rows: Rows, device: Devic
             sizes = (fewest, option.micro_batch_size, most)
             tokens = [sum(rows.worst[size]) for size in sizes]
             wide = simulated(largest, lengths[0])
-            long = _widened(long, first, wide, _share(tokens), _head_share(tokens, rows))
+            shares = _share(tokens), _head_share(tokens, rows)
+            long = _widened(long, first, wide, shares, rates)
         return _forecast(run, rows, option, long, (device, rates))
 
     return forecast
@@ -276,26 +277,26 @@ def _head_share(tokens: list[int], rows: Rows) -> float:
 
 
 def _widened(
-    long: Simulation, short: Simulation, wide: Simulation, share: float, head_share: float
+    long: Simulation,
+    short: Simulation,
+    wide: Simulation,
+    shares: tuple[float, float],
+    rates: Rates,
 ) -> Simulation:
     """`long` with more rows a pass.
 
     Args:
         short: Few layers and as many rows as `long` has.
         wide: As many layers as `short` has and the most rows.
-        share: Where the tokens asked for lie between those two; above 1 where beyond them.
-        head_share: The same for the rows of logits that exist at once.
+        shares: Where the tokens asked for lie between those two, above 1 where beyond them; and
+            the same for the rows of logits that exist at once.
     """
-
-    def grown(size: int, few: int, many: int, share: float = share) -> int:
-        """`size` grown as the part of the short model grows."""
-        return round(size * (1 + share * (many / few - 1))) if few else round(share * many)
-
-    phases = dict(long.phases)
+    share, head_share = shares
+    phases, work = dict(long.phases), dict(long.work)
     for name in _PASS:
         few, many = short.phases[name].parts, wide.phases[name].parts
         parts = {
-            part: grown(
+            part: _grown(
                 long.phases[name].parts.get(part, 0),
                 few.get(part, 0),
                 many.get(part, 0),
@@ -304,23 +305,47 @@ def _widened(
             for part in {**long.phases[name].parts, **many}
         }
         phases[name] = Peak(sum(parts.values()), parts)
-    work = dict(long.work)
-    for name in _PASS:
-        few, many = (_by_kind(simulation.work[name]) for simulation in (short, wide))
-        work[name] = Counter()
-        for operation, count in long.work[name].items():
-            (few_flops, few_bytes), (many_flops, many_bytes) = (
-                few[operation.kind],
-                many[operation.kind],
-            )
-            larger = Operation(
-                operation.kind,
-                grown(operation.flops, few_flops, many_flops),
-                grown(operation.bytes, few_bytes, many_bytes),
-            )
-            work[name][larger] += count
-    offloaded = grown(long.offloaded_bytes, short.offloaded_bytes, wide.offloaded_bytes)
+        work[name] = _wider_work(long.work[name], short.work[name], wide.work[name], share, rates)
+    offloaded = _grown(long.offloaded_bytes, short.offloaded_bytes, wide.offloaded_bytes, share)
     return replace(long, phases=phases, work=work, offloaded_bytes=offloaded)
+
+
+def _wider_work(
+    long: Counter[Operation],
+    few: Counter[Operation],
+    many: Counter[Operation],
+    share: float,
+    rates: Rates,
+) -> Counter[Operation]:
+    """`long` with more rows: FLOPs, bytes and seconds of a kind grow as from `few` to `many`."""
+    few_sums, many_sums = _by_kind(few), _by_kind(many)
+
+    def wider(work: Counter[Operation], share: float, factors: dict[str, float]) -> Counter:
+        found: Counter[Operation] = Counter()
+        for operation, count in work.items():
+            kind, factor = operation.kind, factors.get(operation.kind, 1.0)
+            pairs = zip(few_sums[kind], many_sums.get(kind, (0, 0)), strict=True)
+            sizes = zip(operation[1:], pairs, strict=True)
+            grown = [round(factor * _grown(size, *pair, share)) for size, pair in sizes]
+            found[Operation(kind, *grown)] += count
+        return found
+
+    # A product of few rows waits for memory, one of many for arithmetic: sums do not tell that.
+    grown, factors = wider(few, 1.0, {}), {}
+    for kind in few_sums:
+        ours, theirs = (_device_seconds(work, kind, rates) for work in (grown, many))
+        factors[kind] = 1 + share * (theirs / ours - 1) if ours else 1.0
+    return wider(long, share, factors)
+
+
+def _grown(size: int, few: int, many: int, share: float) -> int:
+    """`size` grown as a part of a short model grows."""
+    return round(size * (1 + share * (many / few - 1))) if few else round(share * many)
+
+
+def _device_seconds(work: Counter[Operation], kind: str, rates: Rates) -> float:
+    of_kind = Counter({op: count for op, count in work.items() if op.kind == kind})
+    return work_seconds(of_kind, replace(rates, seconds_per_kernel=0.0))
 
 
 def _by_kind(work: Counter[Operation]) -> dict[str, tuple[int, int]]:
