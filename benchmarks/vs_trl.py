@@ -15,7 +15,9 @@ kernel) and packed. It reads conversations that are converted beforehand. Instal
 
 import argparse
 import json
+import math
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -56,7 +58,9 @@ class Work:
     data: str
     out: str
     epochs: int
+    seed: int
     packed_rows: int
+    packed_length: int
 
 
 def train_nibble(work: Work) -> list[str]:
@@ -64,7 +68,7 @@ def train_nibble(work: Work) -> list[str]:
     settings = [
         f"train.batch_size={BATCH_SIZE}", f"data.max_seq_len={MAX_LENGTH}", "data.packing=false",
         f"train.epochs={work.epochs}", f"optim.lr={LEARNING_RATE}", f"optim.warmup={WARMUP}",
-        f"lora.rank={RANK}", f"lora.alpha={ALPHA}",
+        f"lora.rank={RANK}", f"lora.alpha={ALPHA}", f"train.seed={work.seed}",
     ]  # fmt: skip
     words = [sys.executable, "-m", "nibble", "train", "--model", work.model, "--data", work.data]
     words += ["--method", work.method, "--out", work.out]
@@ -100,6 +104,7 @@ def train_trl(work: Work) -> None:
         "warmup_steps": WARMUP,
         "max_grad_norm": 1.0,
         "max_length": MAX_LENGTH,
+        "seed": work.seed,
         "completion_only_loss": True,
         "bf16": True,
         "use_cpu": not torch.cuda.is_available(),
@@ -109,8 +114,8 @@ def train_trl(work: Work) -> None:
     }
     own = dict(TRL[work.contender])
     if own.get("packing"):
-        # Rows hold several conversations: as many of them a step as hold some 16.
         own["gradient_accumulation_steps"] = work.packed_rows
+        own["max_length"] = work.packed_length
     trainer = SFTTrainer(
         model=model,
         args=SFTConfig(**{**shared, **own}),
@@ -160,18 +165,24 @@ def held_out_loss(model: str, adapter: Path, data: Path, method: str) -> float:
     return json.loads(done.stdout)["loss"]
 
 
-def packed_rows_a_step(data: Path, model: str) -> int:
-    """How many packed rows hold as many tokens as a step of conversations does."""
-    from transformers import AutoTokenizer
+def packed_sizes(data: Path, model: str) -> tuple[int, int]:
+    """Packed rows a step and their length: together what a step of conversations holds.
+
+    Rows are no shorter than a conversation may be, and no longer than the model allows.
+    """
+    from transformers import AutoConfig, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model)
+    longest = AutoConfig.from_pretrained(model).max_position_embeddings
     rows = [json.loads(line) for line in data.read_text().splitlines()]
     texts = [
         tokenizer.apply_chat_template(row["prompt"] + row["completion"], tokenize=False)
         for row in rows
     ]
     tokens = sum(min(len(ids), MAX_LENGTH) for ids in tokenizer(texts)["input_ids"])
-    return max(1, round(BATCH_SIZE * tokens / len(rows) / MAX_LENGTH))
+    tokens_a_step = BATCH_SIZE * tokens / len(rows)
+    num_rows = math.ceil(tokens_a_step / longest)
+    return num_rows, max(MAX_LENGTH, math.ceil(tokens_a_step / num_rows))
 
 
 def compare(options: argparse.Namespace, name: str, method: str, folder: Path) -> list[str]:
@@ -179,31 +190,39 @@ def compare(options: argparse.Namespace, name: str, method: str, folder: Path) -
     model, source = str(options.shared / "models" / "base-16m"), options.shared / "data" / name
     data = folder / f"{name}.jsonl"
     converted = convert(source / "train.jsonl", data, options.rows)
-    packed_rows = packed_rows_a_step(converted, model)
-    found: dict[str, tuple[float, float]] = {}
-    for contender in ("nibble", *options.contenders):
-        out = folder / f"{name}-{method}-{contender.replace(', ', '-')}"
-        is_ours = contender == "nibble"
-        work = Work(
-            contender=contender,
-            method=method,
-            model=model,
-            data=str(data if is_ours else converted),
-            out=str(out),
-            epochs=options.epochs,
-            packed_rows=packed_rows,
+    packed_rows, packed_length = packed_sizes(converted, model)
+    found: dict[str, list[tuple[float, float]]] = {}
+    for seed in range(options.seeds):
+        for contender in ("nibble", *options.contenders):
+            out = folder / f"{name}-{method}-{contender.replace(', ', '-')}-{seed}"
+            is_ours = contender == "nibble"
+            work = Work(
+                contender=contender,
+                method=method,
+                model=model,
+                data=str(data if is_ours else converted),
+                out=str(out),
+                epochs=options.epochs,
+                seed=seed,
+                packed_rows=packed_rows,
+                packed_length=packed_length,
+            )
+            peer = [sys.executable, __file__, "--train-trl", json.dumps(asdict(work))]
+            seconds = run_process(train_nibble(work) if is_ours else peer, out.with_suffix(".log"))
+            adapter = out / "adapter" if is_ours else out
+            loss = held_out_loss(model, adapter, source / "eval.jsonl", method)
+            found.setdefault(contender, []).append((seconds, loss))
+            print(f"{name} {method} {contender}: {seconds:.1f} s, loss {loss:.4f}", flush=True)
+    medians = {who: statistics.median(s for s, _ in runs) for who, runs in found.items()}
+    lines = []
+    for contender, runs in found.items():
+        losses = [loss for _, loss in runs]
+        lines.append(
+            f"| {name} | {method} | {contender} | {medians[contender]:.1f} "
+            f"| {statistics.mean(losses):.4f} | {max(losses) - min(losses):.4f} "
+            f"| {medians[contender] / medians['nibble']:.2f}x |"
         )
-        peer = [sys.executable, __file__, "--train-trl", json.dumps(asdict(work))]
-        seconds = run_process(train_nibble(work) if is_ours else peer, out.with_suffix(".log"))
-        adapter = out / "adapter" if is_ours else out
-        loss = held_out_loss(model, adapter, source / "eval.jsonl", method)
-        found[contender] = seconds, loss
-        print(f"{name} {method} {contender}: {seconds:.1f} s, held-out loss {loss:.4f}", flush=True)
-    ours = found["nibble"][0]
-    return [
-        f"| {name} | {method} | {contender} | {seconds:.1f} | {loss:.4f} | {seconds / ours:.2f}x |"
-        for contender, (seconds, loss) in found.items()
-    ]
+    return lines
 
 
 def main() -> None:
@@ -215,6 +234,7 @@ def main() -> None:
     parser.add_argument("--contenders", nargs="+", default=list(TRL), choices=list(TRL))
     parser.add_argument("--rows", type=int, help="Only the first rows of each set.")
     parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--write", action="store_true", help="Put the table into results/.")
     parser.add_argument("--train-trl", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -230,10 +250,11 @@ def main() -> None:
         f"Device: {machine()}, {torch.get_num_threads()} thread(s). torch {torch.__version__}, "
         f"{', '.join(f'{name} {version(name)}' for name in names)}. {options.epochs} epoch(s), "
         f"{BATCH_SIZE} conversations a step; seconds from the start of the program to the saved "
-        "adapter.",
+        f"adapter, the median of {options.seeds} seeds; the mean of their losses, and how far they "
+        "lie apart.",
         "",
-        "| set | method | contender | seconds | held-out loss | our time is shorter |",
-        "|---|---|---|---|---|---|",
+        "| set | method | contender | seconds | held-out loss | apart | our time is shorter |",
+        "|---|---|---|---|---|---|---|",
     ]
     with tempfile.TemporaryDirectory() as folder:
         for method in options.methods:

@@ -46,8 +46,8 @@ class Library:
         code.nibble_gated.argtypes = [*pointers[:2], _INT, *[_INT64] * 3, _POINTER]
         code.nibble_gated_gradient.argtypes = [*pointers[:3], _INT, *[_INT64] * 3, *pointers[:2]]
         code.nibble_rotate.argtypes = [*pointers[:3], _FLOAT, *pointers[:3]]
-        code.nibble_attend.argtypes = [_POINTER, _FLOAT, *[_INT64] * 3]
-        code.nibble_attend_gradient.argtypes = [*pointers[:2], _FLOAT, *[_INT64] * 3]
+        code.nibble_attend.argtypes = [_POINTER, _INT, _FLOAT, *[_INT64] * 3]
+        code.nibble_attend_gradient.argtypes = [*pointers[:2], _INT, _FLOAT, *[_INT64] * 3]
         code.nibble_head.argtypes = [*pointers[:2], _FLOAT, _FLOAT, _INT64, _INT64]
         code.nibble_head.restype = ctypes.c_double
         self._code = code
@@ -149,21 +149,27 @@ class Library:
         _run(work, x, y)
 
     def attend_(self, scores: Tensor, scale: float) -> None:
-        """Make scores of causal rows (M, rows, keys) probabilities; the last row sees all keys."""
+        """Make scores of causal rows (M, rows, keys) probabilities; the last row sees all keys.
+
+        Scores are bfloat16 or float32.
+        """
         rows, keys = scores.shape[1:]
+        is_wide = scores.dtype == torch.float32
 
         def work(matrix: int, stop: int) -> None:
-            _check(self._code.nibble_attend(_at(scores, matrix), scale, stop - matrix, rows, keys))
+            sizes = stop - matrix, rows, keys
+            _check(self._code.nibble_attend(_at(scores, matrix), is_wide, scale, *sizes))
 
         _run(work, scores)
 
     def attend_gradient_(self, scores: Tensor, grad: Tensor, scale: float) -> None:
         """Make scores probabilities, and their gradient that of the scores, both scaled."""
         rows, keys = scores.shape[1:]
+        is_wide = scores.dtype == torch.float32
 
         def work(matrix: int, stop: int) -> None:
-            addresses = _at(scores, matrix), _at(grad, matrix)
-            _check(self._code.nibble_attend_gradient(*addresses, scale, stop - matrix, rows, keys))
+            addresses, sizes = (_at(scores, matrix), _at(grad, matrix)), (stop - matrix, rows, keys)
+            _check(self._code.nibble_attend_gradient(*addresses, is_wide, scale, *sizes))
 
         _run(work, scores, grad)
 

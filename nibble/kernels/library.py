@@ -25,7 +25,7 @@ def paths(device: torch.device) -> dict[str, str]:
     library = (layers_cpu.load() if is_cpu else layers_triton.load(device)) is not None
     fast = "compiled C" if is_cpu else "Triton"
     wide = is_cpu and cpu_product_dtype() == torch.float32
-    attention = "blocks" if is_cpu and not wide else "torch"
+    attention = "blocks" if is_cpu else "torch"
     return {
         "4-bit weights": nf4.implementation(device),
         "norms and units": fast if library else "torch",

@@ -26,7 +26,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.models.falcon.modeling_falcon import FalconAttention, apply_rotary_pos_emb
 
 from nibble.errors import ModelError
-from nibble.kernels.attention import cpu_attention, has_own_attention
+from nibble.kernels.attention import blocked_attention, has_own_attention
 
 NAME = "nibble"
 QUERY_BLOCK = 512
@@ -76,6 +76,8 @@ def packed_attention(
         "window": options.get("sliding_window"),
         "softcap": options.get("softcap"),
     }
+    if _is_plain(options, documents) and has_own_attention(query):
+        return blocked_attention(query, key, value, documents, options["scale"]), None
     outputs = []
     for start, stop, length in _runs(documents):
         parts = [_split(states, start, stop, length) for states in (query, key, value)]
@@ -152,8 +154,6 @@ def _attend(
     """Attention inside each of N documents of L tokens: (N, H, L, K) -> (N, H, L, K)."""
     length = query.shape[2]
     is_banded = window is not None and length > window
-    if softcap is None and not is_banded and not dropout and has_own_attention(query):
-        return cpu_attention(query, key, value, scale)
     if softcap is None and not is_banded:
         return F.scaled_dot_product_attention(
             query,
@@ -182,6 +182,13 @@ def _attend(
             attended = _explicit(*block, mask, scale, softcap)
         outputs.append(attended)
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)
+
+
+def _is_plain(options: dict[str, Any], documents: Sequence[int]) -> bool:
+    """Whether nothing is dropped or capped and no window is shorter than a document."""
+    window = options["window"]
+    is_banded = window is not None and max(b - a for a, b in pairwise(documents)) > window
+    return not (options["dropout"] or options["softcap"] or is_banded)
 
 
 def _explicit(

@@ -136,8 +136,10 @@ class _AdaptedProduct(torch.autograd.Function):
         weight = weight_for_product(base, x)
         dtype = weight.dtype
         bias = None if base.bias is None else base.bias.to(dtype)
-        xa_TR = input_TI.to(dtype) @ lora_A.to(dtype).T
-        y = F.linear(x.to(dtype), weight, bias)
+        factor = x.to(dtype)
+        y = F.linear(factor, weight, bias)
+        factor_TI = factor.reshape(x_TI.shape) if x_dropped is None else input_TI.to(dtype)
+        xa_TR = factor_TI @ lora_A.to(dtype).T
         y.view(-1, y.shape[-1]).addmm_(xa_TR, lora_B.to(dtype).T, alpha=scale)
         ctx.base, ctx.scale, ctx.has_dropout = base, scale, x_dropped is not None
         ctx.shape, ctx.maker = x.shape, None
