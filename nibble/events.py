@@ -85,6 +85,17 @@ class CheckpointSaved:
 
 
 @dataclass(frozen=True)
+class PagesMoved:
+    """Pages of a paged optimizer that were copied so far, and the time steps waited for them."""
+
+    step: int
+    pages_in: int
+    pages_out: int
+    bytes_moved: int
+    stall_seconds: float
+
+
+@dataclass(frozen=True)
 class WarningRaised:
     """Something a person should know that does not stop the run."""
 
@@ -104,7 +115,17 @@ class RunEnd:
     adapter_bytes: int = 0
 
 
-Event = RunStart | PlanMade | LoadEnd | StepEnd | EvalEnd | CheckpointSaved | WarningRaised | RunEnd
+Event = (
+    RunStart
+    | PlanMade
+    | LoadEnd
+    | StepEnd
+    | EvalEnd
+    | CheckpointSaved
+    | PagesMoved
+    | WarningRaised
+    | RunEnd
+)
 Emit = Callable[[Event], None]
 
 _SPECIAL_NAMES = {"PlanMade": "plan", "CheckpointSaved": "checkpoint", "WarningRaised": "warning"}
@@ -115,6 +136,7 @@ EVENT_TYPES = (
     StepEnd,
     EvalEnd,
     CheckpointSaved,
+    PagesMoved,
     WarningRaised,
     RunEnd,
 )

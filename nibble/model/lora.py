@@ -162,7 +162,7 @@ class _AdaptedProduct(torch.autograd.Function):
         gb_TR = (g_TO @ lora_B.to(dtype)).mul_(ctx.scale)
         grad_A = (gb_TR.T @ input_TI).to(lora_A.dtype)
         grad_B = (g_TO.T @ xa_TR.to(dtype)).to(lora_B.dtype).mul_(ctx.scale)
-        del input_TI
+        del made, input_TI
         grad_x = grad_x_dropped = None
         if ctx.needs_input_grad[0]:
             grad_x_TI = g_TO @ weight_for_product(ctx.base, grad_y)

@@ -24,6 +24,7 @@ from nibble.events import (
     EvalEnd,
     EventLog,
     MetricsTable,
+    PagesMoved,
     PlanMade,
     RunEnd,
     RunStart,
@@ -39,6 +40,7 @@ from nibble.train.job import Job, build_job, check_run, open_keys
 from nibble.train.manifest import write_manifest
 from nibble.train.memory import keep_heap_dense
 from nibble.train.optimizer import learning_rate
+from nibble.train.paging import PagedMoments
 from nibble.train.pressure import out_of_memory_named, rehearse, step_within_memory
 
 # Above this share of the free memory the holes of the heap would not fit beside the tensors.
@@ -257,6 +259,17 @@ def _save(job: Job, state: TrainState, emit: Emit) -> None:
     start = time.monotonic()
     saved = checkpoint.save(_checkpoints(job), state, job.optimizer, identity=_identity(job.run))
     emit(CheckpointSaved(state.step, str(saved), time.monotonic() - start))
+    moments = job.optimizer.moments
+    if isinstance(moments, PagedMoments):
+        emit(
+            PagesMoved(
+                state.step,
+                pages_in=moments.pages_in,
+                pages_out=moments.pages_out,
+                bytes_moved=moments.bytes_moved,
+                stall_seconds=moments.stall_seconds,
+            )
+        )
 
 
 def _stop(job: Job, state: TrainState, signal_name: str, emit: Emit) -> None:

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import nibble
 from nibble.errors import DataError, StoppedError, UsageError
-from nibble.events import EvalEnd, LoadEnd, RunEnd, StepEnd, read_events
+from nibble.events import EvalEnd, LoadEnd, PagesMoved, RunEnd, StepEnd, read_events
 from nibble.train import optimizer
 
 peft = pytest.importorskip("peft")
@@ -50,6 +50,8 @@ def _run(folder, data, out, *more, method="lora"):
         f"method={method}",
         "data.max_seq_len=128",
         "train.batch_size=8",
+        # Left to the planner it would depend on how fast this machine happens to be.
+        "train.micro_batch_size=4",
         "train.steps=3",
         "lora.rank=4",
         "optim.lr=1e-2",
@@ -143,6 +145,14 @@ def test_least_memory(tiny_model_folder, data, tmp_path, monkeypatch, method):
     files = [next(results[name].adapter.glob("*.safetensors")) for name in ("paged", "resident")]
     first, second = (load_file(file) for file in files)
     assert all(torch.equal(first[key], second[key]) for key in first)
+    moved, none = (
+        [e for e in read_events(results[name].out / "events.jsonl") if isinstance(e, PagesMoved)]
+        for name in ("paged", "resident")
+    )
+    assert [(e.step, e.pages_in == e.pages_out > 0, e.bytes_moved > 0) for e in moved] == [
+        (3, True, True)
+    ]
+    assert none == []
 
 
 @pytest.mark.parametrize(
