@@ -1,7 +1,7 @@
 """A whole run beside TRL's SFTTrainer: from the start of the program to the saved adapter.
 
     python benchmarks/vs_trl.py --shared ../shared                  five sets, LoRA
-    python benchmarks/vs_trl.py --sets legal --methods lora qlora --rows 640
+    python benchmarks/vs_trl.py --sets legal --methods lora qlora --tokens 100000
 
 Both train `base-16m` on the same conversations for the same epochs: 16 of them a step, cut at 512
 tokens, loss on the answers, rank 16 on all linear layers, the same schedule, in bf16 with float32
@@ -14,6 +14,7 @@ kernel) and packed. It reads conversations that are converted beforehand. Instal
 """
 
 import argparse
+import bisect
 import json
 import math
 import os
@@ -24,6 +25,7 @@ import tempfile
 import time
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from itertools import accumulate
 from pathlib import Path
 
 from recording import machine, write_results
@@ -165,23 +167,25 @@ def held_out_loss(model: str, adapter: Path, data: Path, method: str) -> float:
     return json.loads(done.stdout)["loss"]
 
 
-def packed_sizes(data: Path, model: str) -> tuple[int, int]:
-    """Packed rows a step and their length: together what a step of conversations holds.
+def tokens_of(data: Path, model: str) -> list[int]:
+    """Tokens of each conversation, cut as in training."""
+    from transformers import AutoTokenizer
+    from transformers.utils.logging import set_verbosity_error
 
-    Rows are no shorter than a conversation may be, and no longer than the model allows.
-    """
-    from transformers import AutoConfig, AutoTokenizer
-
+    set_verbosity_error()
     tokenizer = AutoTokenizer.from_pretrained(model)
-    longest = AutoConfig.from_pretrained(model).max_position_embeddings
     rows = [json.loads(line) for line in data.read_text().splitlines()]
     texts = [
         tokenizer.apply_chat_template(row["prompt"] + row["completion"], tokenize=False)
         for row in rows
     ]
-    tokens = sum(min(len(ids), MAX_LENGTH) for ids in tokenizer(texts)["input_ids"])
-    tokens_a_step = BATCH_SIZE * tokens / len(rows)
-    num_rows = math.ceil(tokens_a_step / longest)
+    return [min(len(ids), MAX_LENGTH) for ids in tokenizer(texts)["input_ids"]]
+
+
+def packed_sizes(tokens: list[int]) -> tuple[int, int]:
+    """Packed rows a step and their length: together what a step of conversations holds."""
+    tokens_a_step = BATCH_SIZE * statistics.mean(tokens)
+    num_rows = max(1, int(tokens_a_step / MAX_LENGTH))
     return num_rows, max(MAX_LENGTH, math.ceil(tokens_a_step / num_rows))
 
 
@@ -189,8 +193,10 @@ def compare(options: argparse.Namespace, name: str, method: str, folder: Path) -
     """The lines of one set and method."""
     model, source = str(options.shared / "models" / "base-16m"), options.shared / "data" / name
     data = folder / f"{name}.jsonl"
-    converted = convert(source / "train.jsonl", data, options.rows)
-    packed_rows, packed_length = packed_sizes(converted, model)
+    tokens = tokens_of(convert(source / "train.jsonl", data, None), model)
+    num_rows = bisect.bisect(list(accumulate(tokens)), options.tokens)
+    converted = convert(source / "train.jsonl", data, num_rows)
+    packed_rows, packed_length = packed_sizes(tokens[:num_rows])
     found: dict[str, list[tuple[float, float]]] = {}
     for seed in range(options.seeds):
         for contender in ("nibble", *options.contenders):
@@ -232,7 +238,7 @@ def main() -> None:
     parser.add_argument("--sets", nargs="+", default=list(SETS), choices=SETS)
     parser.add_argument("--methods", nargs="+", default=["lora"], choices=["lora", "qlora"])
     parser.add_argument("--contenders", nargs="+", default=list(TRL), choices=list(TRL))
-    parser.add_argument("--rows", type=int, help="Only the first rows of each set.")
+    parser.add_argument("--tokens", type=int, default=60_000, help="The first of each set.")
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--write", action="store_true", help="Put the table into results/.")
@@ -248,7 +254,8 @@ def main() -> None:
         "# Whole runs on real conversations against TRL",
         "",
         f"Device: {machine()}, {torch.get_num_threads()} thread(s). torch {torch.__version__}, "
-        f"{', '.join(f'{name} {version(name)}' for name in names)}. {options.epochs} epoch(s), "
+        f"{', '.join(f'{name} {version(name)}' for name in names)}. The first "
+        f"{options.tokens:,} tokens of a set, {options.epochs} epoch(s), "
         f"{BATCH_SIZE} conversations a step; seconds from the start of the program to the saved "
         f"adapter, the median of {options.seeds} seeds; the mean of their losses, and how far they "
         "lie apart.",

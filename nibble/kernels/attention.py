@@ -10,7 +10,6 @@ torch's fused attention takes one and a half to three times as long: its blocks 
 Memory beside inputs and outputs does not grow with the square of the length.
 """
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any
@@ -130,8 +129,7 @@ class _BlockedAttention(torch.autograd.Function):
 class _Blocks:
     """Blocks of scores of all documents and heads, one after the other, in the same memory.
 
-    On fake tensors only the largest block of each length is gone through, and the work of all is
-    reported.
+    On fake tensors only the largest block is gone through, and the work of all is reported.
     """
 
     def __init__(
@@ -142,14 +140,13 @@ class _Blocks:
         self._scale, self._library = scale, library_for(q_GRTK)
         self._dtype = product_dtype(q_GRTK)
         self._is_fake = is_fake(q_GRTK)
+        lengths = {part.stop - part.start for part in self._documents}
         if self._is_fake:
-            counts = Counter(part.stop - part.start for part in self._documents)
             # Causal: half of all scores.
             flops = num_products * self._num_heads * self._repeats * width
-            flops *= sum(count * length**2 for length, count in counts.items())
+            flops *= sum((part.stop - part.start) ** 2 for part in self._documents)
             report_kernel("attention", flops, num_products * q_GRTK.nbytes)
-            self._documents = [slice(0, length) for length in counts]
-        lengths = {part.stop - part.start for part in self._documents}
+            self._documents = [slice(0, max(lengths))]
         num_rows = max(map(self._rows, lengths))
         num_values = max(self._heads(n) * self._repeats * self._rows(n) * n for n in lengths)
         self._scores, self._others = (

@@ -254,7 +254,7 @@ def _how(option: Option) -> str:
 
 def _why_settings(question: Question, chosen: Forecast, forecast: Forecaster) -> Iterator[str]:
     option, run = chosen.option, question.run
-    if option.method != "full":
+    if run.method == "auto":
         yield _qlora_saves(replace(option, micro_batch_size=_sizes(question)[0]), forecast)
     if run.train.recompute == "auto":
         yield _why_recompute(question, chosen, forecast)

@@ -43,8 +43,8 @@ from nibble.train.optimizer import learning_rate
 from nibble.train.paging import PagedMoments
 from nibble.train.pressure import out_of_memory_named, rehearse, step_within_memory
 
-# Above this share of the free memory the holes of the heap would not fit beside the tensors.
-HEAP_SHARE = 0.4
+# Up to this share of the free memory the holes of the heap fit beside the tensors.
+ROOMY_SHARE = 0.4
 
 
 @dataclass(frozen=True)
@@ -100,14 +100,16 @@ def train(
 
         try:
             predicted = folder.record_plan(out, plan)
-            budget = predicted.get("budget_bytes", 0)
-            is_short = predicted.get("peak_memory_bytes", 0) > HEAP_SHARE * budget
-            is_dense = is_short and keep_heap_dense()
+            has_room = _has_room(predicted)
+            is_dense = bool(predicted) and not has_room and keep_heap_dense()
             with out_of_memory_named(run, predicted), StopSignal() as stop:
                 emit_all(PlanMade(_planned(run), list(predicted.get("reasons", ()))))
                 job = build_job(run, out, emit_all, dataset)
                 state = _restore(job, emit_all)
                 is_whole = state.step == 0
+                job.model.train()
+                if not has_room:
+                    rehearse(job.token_loss, job.loader, job.steps, job.optimizer, emit=emit_all)
                 _fit(job, state, stop, emit_all)
                 _finish(job, state, emit_all)
             if predicted:
@@ -116,6 +118,11 @@ def train(
         finally:
             log.close()
         return _result_of(out)
+
+
+def _has_room(plan: Mapping[str, Any]) -> bool:
+    """Whether a run was planned and needs so little memory that it cannot run short."""
+    return bool(plan) and plan["peak_memory_bytes"] <= ROOMY_SHARE * plan["budget_bytes"]
 
 
 def _restore(job: Job, emit: Emit) -> TrainState:
@@ -144,8 +151,6 @@ def _restore(job: Job, emit: Emit) -> TrainState:
 
 def _fit(job: Job, state: TrainState, stop: StopSignal, emit: Emit) -> None:
     run = job.run
-    job.model.train()
-    rehearse(job.token_loss, job.loader, job.steps, job.optimizer, emit=emit)
     saved_at = time.monotonic()
     while state.step < job.steps:
         lr = learning_rate(
