@@ -18,6 +18,7 @@ import bisect
 import json
 import math
 import os
+import random
 import statistics
 import subprocess
 import sys
@@ -132,15 +133,15 @@ def train_trl(work: Work) -> None:
     print(f"steps {trainer.state.global_step}")
 
 
-def convert(source: Path, target: Path, num_rows: int | None) -> Path:
-    """The first rows of a file as they are, and beside them as TRL reads them.
+def convert(lines: list[str], target: Path) -> Path:
+    """The lines as they are, and beside them as TRL reads them.
 
     Returns:
         The path of TRL's: messages before the answer, and the answer.
     """
     from nibble.data.records import read_records
 
-    target.write_text("".join(source.read_text().splitlines(keepends=True)[:num_rows]))
+    target.write_text("".join(lines))
     converted = target.with_suffix(".trl.jsonl")
     with converted.open("w") as file:
         for conversation in read_records(target):
@@ -193,9 +194,11 @@ def compare(options: argparse.Namespace, name: str, method: str, folder: Path) -
     """The lines of one set and method."""
     model, source = str(options.shared / "models" / "base-16m"), options.shared / "data" / name
     data = folder / f"{name}.jsonl"
-    tokens = tokens_of(convert(source / "train.jsonl", data, None), model)
+    lines = (source / "train.jsonl").read_text().splitlines(keepends=True)
+    random.Random(0).shuffle(lines)  # the sets are sorted by what they are about
+    tokens = tokens_of(convert(lines, data), model)
     num_rows = bisect.bisect(list(accumulate(tokens)), options.tokens)
-    converted = convert(source / "train.jsonl", data, num_rows)
+    converted = convert(lines[:num_rows], data)
     packed_rows, packed_length = packed_sizes(tokens[:num_rows])
     found: dict[str, list[tuple[float, float]]] = {}
     for seed in range(options.seeds):
@@ -238,7 +241,7 @@ def main() -> None:
     parser.add_argument("--sets", nargs="+", default=list(SETS), choices=SETS)
     parser.add_argument("--methods", nargs="+", default=["lora"], choices=["lora", "qlora"])
     parser.add_argument("--contenders", nargs="+", default=list(TRL), choices=list(TRL))
-    parser.add_argument("--tokens", type=int, default=60_000, help="The first of each set.")
+    parser.add_argument("--tokens", type=int, default=60_000, help="Drawn of each set.")
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--write", action="store_true", help="Put the table into results/.")
@@ -254,8 +257,8 @@ def main() -> None:
         "# Whole runs on real conversations against TRL",
         "",
         f"Device: {machine()}, {torch.get_num_threads()} thread(s). torch {torch.__version__}, "
-        f"{', '.join(f'{name} {version(name)}' for name in names)}. The first "
-        f"{options.tokens:,} tokens of a set, {options.epochs} epoch(s), "
+        f"{', '.join(f'{name} {version(name)}' for name in names)}. Of each set "
+        f"{options.tokens:,} tokens, {options.epochs} epoch(s), "
         f"{BATCH_SIZE} conversations a step; seconds from the start of the program to the saved "
         f"adapter, the median of {options.seeds} seeds; the mean of their losses, and how far they "
         "lie apart.",
