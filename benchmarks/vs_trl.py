@@ -8,8 +8,8 @@ tokens, loss on the answers, rank 16 on all linear layers, the same schedule, in
 adapters. Each run is a process of its own; runs of the contenders follow each other, set by set.
 Held-out loss is measured afterwards, for every adapter by the same code.
 
-TRL runs at its defaults, tuned (nothing computed again, rows of like length together, AdamW in one
-kernel) and packed. It reads conversations that are converted beforehand. Install it with
+TRL runs at its defaults, tuned (nothing computed again, rows of like length together), the same in
+float32, and packed. It reads conversations that are converted beforehand. Install it with
 `pip install -r benchmarks/peers-requirements.txt`.
 """
 
@@ -25,26 +25,33 @@ import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 from recording import machine, write_results
 
 SETS = ("biomedical", "code", "customer", "legal", "maths")
 BATCH_SIZE, MAX_LENGTH, LEARNING_RATE, WARMUP = 16, 512, 4e-3, 0.03
 RANK, ALPHA = 16, 32
+FLOAT32 = "TRL, float32"
 # What each TRL contender sets beside what all share.
 TRL = {
     "TRL, defaults": {},
     "TRL, tuned": {
         "gradient_checkpointing": False,
         "train_sampling_strategy": "group_by_length",
-        "optim": "adamw_torch_fused",
+    },
+    # Some CPUs multiply float32 faster than bfloat16.
+    FLOAT32: {
+        "gradient_checkpointing": False,
+        "train_sampling_strategy": "group_by_length",
+        "bf16": False,
     },
     "TRL, packed": {
         "gradient_checkpointing": False,
-        "optim": "adamw_torch_fused",
         "packing": True,
         "per_device_train_batch_size": 1,
     },
@@ -95,7 +102,9 @@ def train_trl(work: Work) -> None:
             bnb_4bit_compute_dtype=torch.bfloat16,
         )
     model = AutoModelForCausalLM.from_pretrained(
-        work.model, dtype=torch.bfloat16, quantization_config=quantization
+        work.model,
+        dtype=torch.float32 if work.contender == FLOAT32 else torch.bfloat16,
+        quantization_config=quantization,
     )
     model.config.use_cache = False
     shared = {
@@ -128,9 +137,29 @@ def train_trl(work: Work) -> None:
             r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM"
         ),
     )
+    for parameter in trainer.model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    trainer.create_scheduler = partial(use_our_schedule, trainer)
     trainer.train()
     trainer.save_model(work.out)
     print(f"steps {trainer.state.global_step}")
+
+
+def use_our_schedule(trainer: Any, num_training_steps: int, optimizer: Any = None) -> Any:
+    """A warm-up whose first step moves, as ours does, and a cosine to 0."""
+    from torch.optim.lr_scheduler import LambdaLR
+
+    num_warmup = math.ceil(WARMUP * num_training_steps)
+
+    def factor(step: int) -> float:
+        if step < num_warmup:
+            return (step + 1) / (num_warmup + 1)
+        progress = (step - num_warmup) / max(1, num_training_steps - num_warmup)
+        return 0.5 * (1 + math.cos(math.pi * progress))
+
+    trainer.lr_scheduler = LambdaLR(optimizer or trainer.optimizer, factor)
+    return trainer.lr_scheduler
 
 
 def convert(lines: list[str], target: Path) -> Path:
@@ -202,7 +231,8 @@ def compare(options: argparse.Namespace, name: str, method: str, folder: Path) -
     packed_rows, packed_length = packed_sizes(tokens[:num_rows])
     found: dict[str, list[tuple[float, float]]] = {}
     for seed in range(options.seeds):
-        for contender in ("nibble", *options.contenders):
+        contenders = ["nibble", *options.contenders]
+        for contender in contenders if seed % 2 == 0 else reversed(contenders):
             out = folder / f"{name}-{method}-{contender.replace(', ', '-')}-{seed}"
             is_ours = contender == "nibble"
             work = Work(
@@ -224,7 +254,8 @@ def compare(options: argparse.Namespace, name: str, method: str, folder: Path) -
             print(f"{name} {method} {contender}: {seconds:.1f} s, loss {loss:.4f}", flush=True)
     medians = {who: statistics.median(s for s, _ in runs) for who, runs in found.items()}
     lines = []
-    for contender, runs in found.items():
+    for contender in ("nibble", *options.contenders):
+        runs = found[contender]
         losses = [loss for _, loss in runs]
         lines.append(
             f"| {name} | {method} | {contender} | {medians[contender]:.1f} "

@@ -1,6 +1,7 @@
 """Causal attention inside the documents of a packed row, in bfloat16 on a CPU.
 
-It goes by plain products of blocks, in the type that the CPU multiplies fastest:
+It goes by plain products of blocks. Scores and their gradients are float32, as in torch's; what is
+multiplied by them is in the type that the CPU multiplies fastest:
 
     rows        256 rows of scores at a time, against the keys up to their end
     heads       as many key heads at once as keep a block in the cache of a core
@@ -28,6 +29,7 @@ aten: Any = torch.ops.aten
 # Source: benchmarks/cpu_attention.py.
 BLOCK_ROWS = 256
 BLOCK_BYTES = 1 << 20
+_SCORE_BYTES = 4
 
 
 def has_own_attention(query: Tensor) -> bool:
@@ -46,7 +48,8 @@ def blocked_attention(
     Args:
         documents: Boundaries from 0 to T.
     """
-    y: Any = _BlockedAttention.apply(query, key, value, documents, scale)
+    with torch.autocast("cpu", enabled=False):  # the types of the products are chosen here
+        y: Any = _BlockedAttention.apply(query, key, value, documents, scale)
     return y
 
 
@@ -136,7 +139,7 @@ class _Blocks:
         self, q_GRTK: Tensor, documents: Sequence[int], scale: float, *, num_products: int
     ) -> None:
         self._num_heads, self._repeats, _, width = q_GRTK.shape
-        self._documents = [slice(*pair) for pair in pairwise(documents)]
+        self._documents = [slice(a, b) for a, b in pairwise(documents) if a < b]
         self._scale, self._library = scale, library_for(q_GRTK)
         self._dtype = product_dtype(q_GRTK)
         self._is_fake = is_fake(q_GRTK)
@@ -147,12 +150,9 @@ class _Blocks:
             flops *= sum((part.stop - part.start) ** 2 for part in self._documents)
             report_kernel("attention", flops, num_products * q_GRTK.nbytes)
             self._documents = [slice(0, max(lengths))]
-        num_rows = max(map(self._rows, lengths))
         num_values = max(self._heads(n) * self._repeats * self._rows(n) * n for n in lengths)
-        self._scores, self._others = (
-            q_GRTK.new_empty(num_values, dtype=self._dtype) for _ in range(2)
-        )
-        self._mask = self._scores.new_full((num_rows, num_rows), -torch.inf).triu_(1)
+        wide = torch.promote_types(self._dtype, torch.float32)
+        self._scores, self._others = (q_GRTK.new_empty(num_values, dtype=wide) for _ in range(2))
 
     def parts(self) -> Iterator[tuple[slice, slice]]:
         """Tokens of a document, and key heads that are handled at once."""
@@ -176,37 +176,41 @@ class _Blocks:
     def probabilities(self, q: Tensor, k: Tensor) -> Tensor:
         """softmax of the masked scores of a block, (G, R * rows, keys)."""
         num_rows, num_keys = q.shape[2], k.shape[1]
-        scores = torch.bmm(q.flatten(1, 2), k.mT, out=self._block(self._scores, q, k))
+        scores = self._product(q.flatten(1, 2), k, self._scores)
         by_head = scores.view(-1, num_rows, num_keys)
         if self._library is not None:
             self._library.attend_(by_head, self._scale)
-            return scores
-        by_head.mul_(self._scale)[..., -num_rows:].add_(self._mask[:num_rows, :num_rows])
-        return aten._softmax.out(scores, -1, False, out=self._block(self._others, q, k))
+            return scores.to(self._dtype)
+        mask = scores.new_full((num_rows, num_rows), -torch.inf).triu_(1)
+        by_head.mul_(self._scale)[..., -num_rows:].add_(mask)
+        p = self._others[: scores.numel()].view(scores.shape)
+        return aten._softmax.out(scores, -1, False, out=p).to(self._dtype)
 
     def gradients(self, q: Tensor, k: Tensor, grad_y: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """The probabilities of a block, and the gradient of q k^T."""
         if self._library is None:
             p = self.probabilities(q, k)
-            grad_p = torch.bmm(grad_y, v.mT, out=self._block(self._scores, q, k))
-            return p, aten._softmax_backward_data(grad_p, p, -1, p.dtype).mul_(self._scale)
-        p = torch.bmm(q.flatten(1, 2), k.mT, out=self._block(self._scores, q, k))
-        grad_s = torch.bmm(grad_y, v.mT, out=self._block(self._others, q, k))
+            grad_p = self._product(grad_y, v, self._scores)
+            grad_s = aten._softmax_backward_data(grad_p, p.to(grad_p.dtype), -1, grad_p.dtype)
+            return p, grad_s.mul_(self._scale).to(self._dtype)
+        p = self._product(q.flatten(1, 2), k, self._scores)
+        grad_s = self._product(grad_y, v, self._others)
         by_head = -1, q.shape[2], k.shape[1]
         self._library.attend_gradient_(p.view(by_head), grad_s.view(by_head), self._scale)
-        return p, grad_s
+        return p.to(self._dtype), grad_s.to(self._dtype)
+
+    def _product(self, rows: Tensor, columns: Tensor, memory: Tensor) -> Tensor:
+        """rows columns^T in float32 at least, in the first values of a flat buffer."""
+        shape = len(rows), rows.shape[1], columns.shape[1]
+        out = memory[: shape[0] * shape[1] * shape[2]].view(shape)
+        return torch.bmm(rows.to(out.dtype), columns.mT.to(out.dtype), out=out)
 
     def _rows(self, length: int) -> int:
         return min(length, max(1, BLOCK_ROWS // self._repeats))
 
     def _heads(self, length: int) -> int:
-        num_bytes = self._repeats * self._rows(length) * length * self._dtype.itemsize
+        num_bytes = self._repeats * self._rows(length) * length * _SCORE_BYTES
         return min(self._num_heads, max(torch.get_num_threads(), BLOCK_BYTES // num_bytes))
-
-    def _block(self, memory: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        """(G, R * rows, keys) in the first values of a flat buffer."""
-        shape = len(k), self._repeats * q.shape[2], k.shape[1]
-        return memory[: shape[0] * shape[1] * shape[2]].view(shape)
 
 
 def _by_key_head(states: Tensor, key: Tensor) -> Tensor:

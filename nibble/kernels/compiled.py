@@ -17,7 +17,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cache
 from pathlib import Path
 from typing import TypeVar
@@ -90,7 +90,11 @@ def in_parts(
     size = -(-count // (num_parts * block_size)) * block_size
     parts = [(first, min(first + size, count)) for first in range(0, count, size)]
     futures = [_pool().submit(work, *part) for part in parts[1:]]
-    work(*parts[0])
+    try:
+        work(*parts[0])
+    finally:
+        # Also after an error: nobody may write to tensors that are let go.
+        wait(futures)
     for future in futures:
         future.result()
 

@@ -56,7 +56,7 @@ class Library:
         self, x: Tensor, weight: Tensor, eps: float, unit_offset: bool
     ) -> tuple[Tensor, Tensor]:
         """y and 1 / rms(x), as `layers.rms_norm`: (..., D) -> (..., D) and (..., 1)."""
-        x_TD, rstd = rows_of(x), torch.empty(*x.shape[:-1], 1)
+        x_TD, rstd = rows_of(x), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
         y_TD, rstd_T = torch.empty_like(x_TD), rstd.view(-1)
 
         def work(row: int, stop: int) -> None:
@@ -101,7 +101,7 @@ class Library:
     def gated(self, gate: Tensor, up: Tensor, activation: str) -> Tensor:
         """act(gate) * up, (..., F); the two evenly spaced alike."""
         gate_TF, up_TF = rows_of(gate, dense=False), rows_of(up, dense=False)
-        y_TF = torch.empty(gate_TF.shape, dtype=gate.dtype)
+        y_TF = gate_TF.new_empty(gate_TF.shape)
         width, stride = gate.shape[-1], gate_TF.stride(0)
 
         def work(row: int, stop: int) -> None:
@@ -174,17 +174,25 @@ class Library:
         _run(work, scores, grad)
 
     def head_(self, raw: Tensor, labels: Tensor, scale: float, softcap: float | None) -> Tensor:
-        """Make raw logits (C, V) the gradient of their summed cross-entropy; returns the sum."""
-        losses = []
+        """Make raw logits (C, V) the gradient of their summed cross-entropy; returns the sum.
+
+        Raises:
+            IndexError: If a label is not in [0, V).
+        """
+        width, labels = raw.shape[-1], labels.long().contiguous()
+        losses: dict[int, float] = {}
+        if not is_fake(raw) and not bool(((labels >= 0) & (labels < width)).all()):
+            raise IndexError(f"labels are at least 0 and below {width}")
 
         def work(row: int, stop: int) -> None:
-            addresses, width = (_at(raw, row), _at(labels, row)), raw.shape[-1]
-            losses.append(
-                self._code.nibble_head(*addresses, scale, softcap or 0.0, stop - row, width)
+            addresses = _at(raw, row), _at(labels, row)
+            losses[row] = self._code.nibble_head(
+                *addresses, scale, softcap or 0.0, stop - row, width
             )
 
         _run(work, raw)
-        return torch.tensor(sum(losses), dtype=torch.float32)
+        total = sum(losses[row] for row in sorted(losses))
+        return torch.tensor(total, dtype=torch.float32, device=raw.device)
 
 
 @cache

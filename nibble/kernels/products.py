@@ -30,7 +30,7 @@ def product_dtype(x: Tensor) -> torch.dtype:
 @cache
 def cpu_product_dtype() -> torch.dtype:
     """float32 where this CPU multiplies it much faster than bfloat16, else bfloat16."""
-    with _disable_current_modes(), torch.no_grad():
+    with _disable_current_modes(), torch.no_grad(), torch.autocast("cpu", enabled=False):
         seconds = {dtype: _seconds(dtype) for dtype in (torch.bfloat16, torch.float32)}
     gain = seconds[torch.bfloat16] / seconds[torch.float32]
     return torch.float32 if gain > _LEAST_GAIN else torch.bfloat16

@@ -5,9 +5,9 @@
     call 2     [c c c]
     call 3     [d d]
 
-No mask is built: documents are attended one run after the other. Sliding windows and soft caps
-are honoured; what cannot be honoured is refused. Without `documents` (generation with a cache)
-the function behaves as transformers' own SDPA attention.
+No mask is built: documents are attended one run after the other, in bfloat16 on a CPU one by one.
+Sliding windows and soft caps are honoured; what cannot be honoured is refused. Without `documents`
+(generation with a cache) the function behaves as transformers' own SDPA attention.
 
 Registered in transformers under the name "nibble" when this module is imported.
 """

@@ -38,7 +38,7 @@ from nibble.train.evaluate import EVAL_TOKENS, evaluate
 from nibble.train.interrupt import StopSignal
 from nibble.train.job import Job, build_job, check_run, open_keys
 from nibble.train.manifest import write_manifest
-from nibble.train.memory import keep_heap_dense
+from nibble.train.memory import available_bytes, keep_heap_dense
 from nibble.train.optimizer import learning_rate
 from nibble.train.paging import PagedMoments
 from nibble.train.pressure import out_of_memory_named, rehearse, step_within_memory
@@ -121,8 +121,9 @@ def train(
 
 
 def _has_room(plan: Mapping[str, Any]) -> bool:
-    """Whether a run was planned and needs so little memory that it cannot run short."""
-    return bool(plan) and plan["peak_memory_bytes"] <= ROOMY_SHARE * plan["budget_bytes"]
+    """Whether a run was planned and needs so little of the free memory that it cannot run short."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return bool(plan) and plan["peak_memory_bytes"] <= ROOMY_SHARE * available_bytes(device)
 
 
 def _restore(job: Job, emit: Emit) -> TrainState:

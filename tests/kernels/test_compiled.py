@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from itertools import pairwise
 from pathlib import Path
 
@@ -187,3 +188,18 @@ raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
 """
     done = subprocess.run([sys.executable, "-c", program], timeout=120, capture_output=True)
     assert done.returncode == 0, done.stderr.decode()
+
+
+def test_an_error_of_one_part_waits_for_the_others(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    ended = []
+
+    def work(first, stop):
+        if first == 0:
+            raise MemoryError
+        time.sleep(0.2)
+        ended.append(stop)
+
+    with pytest.raises(MemoryError):
+        compiled.in_parts(work, 2, least=1)
+    assert ended == [2]

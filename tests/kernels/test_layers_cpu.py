@@ -131,6 +131,32 @@ def test_head(library, width, scale, softcap):
     assert (raw.double() - wide.grad).norm() <= 4e-3 * wide.grad.norm()
 
 
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
+def test_default_type_changes_nothing(library, default):
+    x, weight = draw(3, 40), draw(40, seed=1)
+    expected = library.norm(x, weight, 1e-6, False)
+    torch.set_default_dtype(default)
+    try:
+        found = library.norm(x, weight, 1e-6, False)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("label", [-1, 40, -100])
+def test_labels_outside_of_the_vocabulary_are_refused(library, label):
+    with pytest.raises(IndexError, match="below 40"):
+        library.head_(draw(2, 40), torch.tensor([3, label]), 1.0, None)
+
+
+def test_labels_of_any_integer_type(library):
+    labels = torch.tensor([3, 39, 0])
+    expected, found = draw(3, 40), draw(3, 40)
+    loss = library.head_(expected, labels, 1.0, None)
+    assert library.head_(found, labels.int(), 1.0, None) == loss
+    assert torch.equal(found, expected)
+
+
 def test_nothing_hides_what_is_not_a_number(library):
     x, one = draw(2, 40), torch.ones(40).bfloat16()
     x[0, 20] = torch.nan
