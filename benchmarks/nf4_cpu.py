@@ -108,7 +108,7 @@ def main() -> None:
     ]
     print("\n".join(lines))
     if arguments.write:
-        write_results("nf4_cpu", lines)
+        write_results("nf4", lines)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """What every benchmark says of the machine, and where its results go."""
 
 import platform
+import re
 import sys
 from collections.abc import Sequence
 from datetime import date
@@ -20,10 +21,12 @@ def machine(device: str = "cpu") -> str:
 
 
 def write_results(name: str, lines: Sequence[str], device: str = "cpu") -> None:
-    """Write results/NAME_DEVICE_MONTH.md, with the command that made it below its title."""
+    """Write results/NAME_MACHINE_MONTH.md, with the command that made it below its title."""
     title, *rest = lines
     words = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
     command = f"Command: `python benchmarks/{words}`"
-    path = Path(__file__).parent / "results" / f"{name}_{device}_{date.today():%Y%m}.md"
+    words_of_machine = re.findall(r"[a-z0-9]+", machine(device).lower().replace("(r)", ""))
+    file_name = f"{name}_{'-'.join(words_of_machine)}_{date.today():%Y%m}.md"
+    path = Path(__file__).parent / "results" / file_name
     path.parent.mkdir(exist_ok=True)
     path.write_text("\n".join([title, "", command, *rest]) + "\n", encoding="utf-8")
