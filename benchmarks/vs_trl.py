@@ -8,9 +8,9 @@ tokens, loss on the answers, rank 16 on all linear layers, the same schedule, in
 adapters. Each run is a process of its own; runs of the contenders follow each other, set by set.
 Held-out loss is measured afterwards, for every adapter by the same code.
 
-TRL runs at its defaults, tuned (nothing computed again, rows of like length together), the same in
-float32, and packed. It reads conversations that are converted beforehand. Install it with
-`pip install -r benchmarks/peers-requirements.txt`.
+TRL runs at its defaults, tuned (nothing computed again, rows of like length together) and packed,
+these two in bf16 and in float32. It reads conversations that are converted beforehand. Install it
+with `pip install -r benchmarks/peers-requirements.txt`.
 """
 
 import argparse
@@ -36,25 +36,15 @@ from recording import machine, write_results
 SETS = ("biomedical", "code", "customer", "legal", "maths")
 BATCH_SIZE, MAX_LENGTH, LEARNING_RATE, WARMUP = 16, 512, 4e-3, 0.03
 RANK, ALPHA = 16, 32
-FLOAT32 = "TRL, float32"
-# What each TRL contender sets beside what all share.
+_TUNED = {"gradient_checkpointing": False, "train_sampling_strategy": "group_by_length"}
+_PACKED = {"gradient_checkpointing": False, "packing": True, "per_device_train_batch_size": 1}
+# What each TRL contender sets beside what all share. Some CPUs multiply float32 faster.
 TRL = {
     "TRL, defaults": {},
-    "TRL, tuned": {
-        "gradient_checkpointing": False,
-        "train_sampling_strategy": "group_by_length",
-    },
-    # Some CPUs multiply float32 faster than bfloat16.
-    FLOAT32: {
-        "gradient_checkpointing": False,
-        "train_sampling_strategy": "group_by_length",
-        "bf16": False,
-    },
-    "TRL, packed": {
-        "gradient_checkpointing": False,
-        "packing": True,
-        "per_device_train_batch_size": 1,
-    },
+    "TRL, tuned": _TUNED,
+    "TRL, tuned, float32": {**_TUNED, "bf16": False},
+    "TRL, packed": _PACKED,
+    "TRL, packed, float32": {**_PACKED, "bf16": False},
 }
 
 
@@ -103,7 +93,7 @@ def train_trl(work: Work) -> None:
         )
     model = AutoModelForCausalLM.from_pretrained(
         work.model,
-        dtype=torch.float32 if work.contender == FLOAT32 else torch.bfloat16,
+        dtype=torch.bfloat16 if TRL[work.contender].get("bf16", True) else torch.float32,
         quantization_config=quantization,
     )
     model.config.use_cache = False
