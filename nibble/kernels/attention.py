@@ -132,7 +132,8 @@ class _BlockedAttention(torch.autograd.Function):
 class _Blocks:
     """Blocks of scores of all documents and heads, one after the other, in the same memory.
 
-    On fake tensors only the largest block is gone through, and the work of all is reported.
+    On fake tensors only the largest block of each length is gone through, and the work of all is
+    reported.
     """
 
     def __init__(
@@ -143,13 +144,13 @@ class _Blocks:
         self._scale, self._library = scale, library_for(q_GRTK)
         self._dtype = product_dtype(q_GRTK)
         self._is_fake = is_fake(q_GRTK)
-        lengths = {part.stop - part.start for part in self._documents}
+        lengths = dict.fromkeys(part.stop - part.start for part in self._documents)
         if self._is_fake:
             # Causal: half of all scores.
             flops = num_products * self._num_heads * self._repeats * width
             flops *= sum((part.stop - part.start) ** 2 for part in self._documents)
             report_kernel("attention", flops, num_products * q_GRTK.nbytes)
-            self._documents = [slice(0, max(lengths))]
+            self._documents = [slice(0, length) for length in lengths]
         num_values = max(self._heads(n) * self._repeats * self._rows(n) * n for n in lengths)
         wide = torch.promote_types(self._dtype, torch.float32)
         self._scores, self._others = (q_GRTK.new_empty(num_values, dtype=wide) for _ in range(2))

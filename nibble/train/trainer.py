@@ -107,10 +107,7 @@ def train(
                 job = build_job(run, out, emit_all, dataset)
                 state = _restore(job, emit_all)
                 is_whole = state.step == 0
-                job.model.train()
-                if not has_room:
-                    rehearse(job.token_loss, job.loader, job.steps, job.optimizer, emit=emit_all)
-                _fit(job, state, stop, emit_all)
+                _fit(job, state, stop, emit_all, has_room=has_room)
                 _finish(job, state, emit_all)
             if predicted:
                 has_no_holes = is_dense or job.device.type == "cuda"
@@ -150,8 +147,11 @@ def _restore(job: Job, emit: Emit) -> TrainState:
     return state
 
 
-def _fit(job: Job, state: TrainState, stop: StopSignal, emit: Emit) -> None:
+def _fit(job: Job, state: TrainState, stop: StopSignal, emit: Emit, *, has_room: bool) -> None:
     run = job.run
+    job.model.train()
+    if not has_room:
+        rehearse(job.token_loss, job.loader, job.steps, job.optimizer, emit=emit)
     saved_at = time.monotonic()
     while state.step < job.steps:
         lr = learning_rate(
