@@ -9,8 +9,7 @@ says: with D, KV, F the widths of hidden, key and gated unit, values of bfloat16
 
     none    L (4D + 2KV + 2F) are kept, and one layer works with D + 3F
     full    L D are kept, and one layer works with 9D + 4F
-    both    2D for the hidden states at the head and their gradient; where products run in float32,
-            F + 2D for the wide factor and result of one
+    both    2D for the hidden states at the head and their gradient
 
 beside ids, labels and 1/rms of the norms. Logits of all tokens would add V values or more. Growth
 is the slope of a line through all lengths.
@@ -30,7 +29,6 @@ from recording import machine, write_results
 from vs_peers import ALPHA, RANK, Shape, make_folder
 
 from nibble.config import load_config
-from nibble.kernels.products import cpu_product_dtype
 from nibble.plan import simulate
 from nibble.plan.budget import CPU_SCRATCH_BYTES
 
@@ -49,8 +47,6 @@ def ledger_slope(shape: Shape, recompute: str) -> float:
         values = shape.layers * (4 * width + 2 * kv + 2 * unit) + width + 3 * unit
     else:
         values = shape.layers * width + 9 * width + 4 * unit
-    if cpu_product_dtype() == torch.float32:
-        values += unit + 2 * width
     # Ids, labels and positions of 8 bytes; one float32 of each norm.
     return VALUE_BYTES * (values + 2 * width) + 3 * 8 + 4 * (2 * shape.layers + 1)
 

@@ -122,8 +122,9 @@ def test_far_keys_do_not_slow_products_down(in_type):
     q_GRTK = module._by_key_head(query, key)
     blocks = module._Blocks(q_GRTK, (0, 200), 1.0, num_products=2)
     q, k = blocks.dense(q_GRTK)[:, :, :128], blocks.dense(key[0])[:, :128]
-    p, grad_s = blocks.gradients(q, k, q.flatten(1, 2) * 1e-30, k)
-    for values in (p, grad_s) if blocks._library is not None else ():
+    if blocks._library is None:
+        pytest.skip("torch writes what is below the normal numbers as it is")
+    for values in blocks.gradients(q, k, q.flatten(1, 2) * 1e-30, k):
         assert not ((values != 0) & (values.abs() < torch.finfo(torch.float32).tiny)).any()
 
 
