@@ -294,33 +294,23 @@ void nibble_rotate(const bfloat16 *x, const bfloat16 *cos, const bfloat16 *sin, 
 
 /* ---- attention ------------------------------------------------------------------------------- */
 
-/* `count` values at `at`, 16 at most, of float32 or bfloat16; zeros behind them. */
-static inline Floats load_score(const void *from, int is_wide, int64_t at, int64_t count)
+/* `count` values, 16 at most; zeros behind them. */
+static inline Floats load_some(const float *from, int64_t count)
 {
-    if (!is_wide)
-        return load((const bfloat16 *)from + at, count);
     Floats value = {0};
     if (count >= LANES)
-        memcpy(&value, (const float *)from + at, sizeof value);
+        memcpy(&value, from, sizeof value);
     else
-        memcpy(&value, (const float *)from + at, (size_t)count * sizeof(float));
+        memcpy(&value, from, (size_t)count * sizeof *from);
     return value;
 }
 
-static inline void store_score(void *to, int is_wide, int64_t at, Floats value, int64_t count)
+static inline void store_some(float *to, Floats value, int64_t count)
 {
-    if (!is_wide)
-        store((bfloat16 *)to + at, value, count);
-    else if (count >= LANES)
-        memcpy((float *)to + at, &value, sizeof value);
+    if (count >= LANES)
+        memcpy(to, &value, sizeof value);
     else
-        memcpy((float *)to + at, &value, (size_t)count * sizeof(float));
-}
-
-static inline void clear_scores(void *from, int is_wide, int64_t at, int64_t count)
-{
-    size_t size = is_wide ? sizeof(float) : sizeof(bfloat16);
-    memset((char *)from + (size_t)at * size, 0, (size_t)count * size);
+        memcpy(to, &value, (size_t)count * sizeof *to);
 }
 
 /* Results below the normal numbers become 0 until `restore`. With them in its factors a product takes
@@ -346,87 +336,68 @@ static inline void restore(unsigned before)
 }
 
 /* exp(scale * (scores - max)) of the first `seen` values into `row`; returns one over their sum. */
-static inline float exponentials(const void *scores, int is_wide, int64_t at, float scale,
-                                 int64_t seen, float *row)
+static inline float exponentials(const float *scores, float scale, int64_t seen, float *row)
 {
     Floats none = all(-INFINITY), high = none, total = {0};
-    for (int64_t i = 0; i < seen; i += LANES) {
-        Floats value = load_score(scores, is_wide, at + i, seen - i) * scale;
-        high = larger(high, first_of(value, none, seen - i));
-    }
+    for (int64_t i = 0; i < seen; i += LANES)
+        high = larger(high, first_of(load_some(scores + i, seen - i) * scale, none, seen - i));
     float highest = largest_of(high);
     for (int64_t i = 0; i < seen; i += LANES) {
-        Floats value = load_score(scores, is_wide, at + i, seen - i) * scale;
-        Floats e = first_of(exponential(value - highest), (Floats){0}, seen - i);
+        Floats e = exponential(load_some(scores + i, seen - i) * scale - highest);
+        e = first_of(e, (Floats){0}, seen - i);
         total += e;
         store_floats(row + i, e);
     }
     return 1.0f / sum_of(total);
 }
 
-static inline int attend(void *scores, int is_wide, float scale, int64_t matrices, int64_t rows,
-                         int64_t keys)
-{
-    float *row = malloc((size_t)(keys + LANES) * sizeof *row);
-    if (!row)
-        return 1;
-    unsigned before = flush_subnormals();
-    for (int64_t r = 0, at = 0; r < matrices * rows; r++, at += keys) {
-        int64_t seen = keys - rows + 1 + r % rows;
-        float inverse = exponentials(scores, is_wide, at, scale, seen, row);
-        for (int64_t i = 0; i < seen; i += LANES)
-            store_score(scores, is_wide, at + i, load_floats(row + i) * inverse, seen - i);
-        clear_scores(scores, is_wide, at + seen, keys - seen);
-    }
-    restore(before);
-    free(row);
-    return 0;
-}
-
-static inline int attend_gradient(void *scores, void *grad, int is_wide, float scale,
-                                  int64_t matrices, int64_t rows, int64_t keys)
-{
-    float *row = malloc((size_t)(keys + LANES) * sizeof *row);
-    if (!row)
-        return 1;
-    unsigned before = flush_subnormals();
-    for (int64_t r = 0, at = 0; r < matrices * rows; r++, at += keys) {
-        int64_t seen = keys - rows + 1 + r % rows;
-        float inverse = exponentials(scores, is_wide, at, scale, seen, row);
-        Floats along = {0};
-        for (int64_t i = 0; i < seen; i += LANES)
-            along += load_floats(row + i) * load_score(grad, is_wide, at + i, seen - i);
-        float sum = sum_of(along) * inverse;
-        for (int64_t i = 0; i < seen; i += LANES) {
-            Floats p = load_floats(row + i) * inverse;
-            Floats g = load_score(grad, is_wide, at + i, seen - i) - sum;
-            store_score(scores, is_wide, at + i, p, seen - i);
-            store_score(grad, is_wide, at + i, g * p * scale, seen - i);
-        }
-        clear_scores(scores, is_wide, at + seen, keys - seen);
-        clear_scores(grad, is_wide, at + seen, keys - seen);
-    }
-    restore(before);
-    free(row);
-    return 0;
-}
-
 /* Scores (matrices, rows, keys) become probabilities; row r sees all keys but the last
  * rows - 1 - r. Returns nonzero without memory. */
-int nibble_attend(void *scores, int is_wide, float scale, int64_t matrices, int64_t rows,
-                  int64_t keys)
+int nibble_attend(float *scores, float scale, int64_t matrices, int64_t rows, int64_t keys)
 {
-    return is_wide ? attend(scores, 1, scale, matrices, rows, keys)
-                   : attend(scores, 0, scale, matrices, rows, keys);
+    float *row = malloc((size_t)(keys + LANES) * sizeof *row);
+    if (!row)
+        return 1;
+    unsigned before = flush_subnormals();
+    for (int64_t r = 0; r < matrices * rows; r++, scores += keys) {
+        int64_t seen = keys - rows + 1 + r % rows;
+        float inverse = exponentials(scores, scale, seen, row);
+        for (int64_t i = 0; i < seen; i += LANES)
+            store_some(scores + i, load_floats(row + i) * inverse, seen - i);
+        memset(scores + seen, 0, (size_t)(keys - seen) * sizeof *scores);
+    }
+    restore(before);
+    free(row);
+    return 0;
 }
 
 /* Scores become probabilities p, and the gradient of p that of scores / scale, times scale:
  * scale p (grad - sum(p grad)). */
-int nibble_attend_gradient(void *scores, void *grad, int is_wide, float scale, int64_t matrices,
-                           int64_t rows, int64_t keys)
+int nibble_attend_gradient(float *scores, float *grad, float scale, int64_t matrices, int64_t rows,
+                           int64_t keys)
 {
-    return is_wide ? attend_gradient(scores, grad, 1, scale, matrices, rows, keys)
-                   : attend_gradient(scores, grad, 0, scale, matrices, rows, keys);
+    float *row = malloc((size_t)(keys + LANES) * sizeof *row);
+    if (!row)
+        return 1;
+    unsigned before = flush_subnormals();
+    for (int64_t r = 0; r < matrices * rows; r++, scores += keys, grad += keys) {
+        int64_t seen = keys - rows + 1 + r % rows;
+        float inverse = exponentials(scores, scale, seen, row);
+        Floats along = {0};
+        for (int64_t i = 0; i < seen; i += LANES)
+            along += load_floats(row + i) * load_some(grad + i, seen - i);
+        float sum = sum_of(along) * inverse;
+        for (int64_t i = 0; i < seen; i += LANES) {
+            Floats p = load_floats(row + i) * inverse;
+            store_some(scores + i, p, seen - i);
+            store_some(grad + i, (load_some(grad + i, seen - i) - sum) * p * scale, seen - i);
+        }
+        memset(scores + seen, 0, (size_t)(keys - seen) * sizeof *scores);
+        memset(grad + seen, 0, (size_t)(keys - seen) * sizeof *grad);
+    }
+    restore(before);
+    free(row);
+    return 0;
 }
 
 /* ---- the head -------------------------------------------------------------------------------- */

@@ -46,8 +46,8 @@ class Library:
         code.nibble_gated.argtypes = [*pointers[:2], _INT, *[_INT64] * 3, _POINTER]
         code.nibble_gated_gradient.argtypes = [*pointers[:3], _INT, *[_INT64] * 3, *pointers[:2]]
         code.nibble_rotate.argtypes = [*pointers[:3], _FLOAT, *pointers[:3]]
-        code.nibble_attend.argtypes = [_POINTER, _INT, _FLOAT, *[_INT64] * 3]
-        code.nibble_attend_gradient.argtypes = [*pointers[:2], _INT, _FLOAT, *[_INT64] * 3]
+        code.nibble_attend.argtypes = [_POINTER, _FLOAT, *[_INT64] * 3]
+        code.nibble_attend_gradient.argtypes = [*pointers[:2], _FLOAT, *[_INT64] * 3]
         code.nibble_head.argtypes = [*pointers[:2], _FLOAT, _FLOAT, _INT64, _INT64]
         code.nibble_head.restype = ctypes.c_double
         self._code = code
@@ -151,25 +151,23 @@ class Library:
     def attend_(self, scores: Tensor, scale: float) -> None:
         """Make scores of causal rows (M, rows, keys) probabilities; the last row sees all keys.
 
-        Scores are bfloat16 or float32.
+        Scores are float32.
         """
         rows, keys = scores.shape[1:]
-        is_wide = scores.dtype == torch.float32
 
         def work(matrix: int, stop: int) -> None:
             sizes = stop - matrix, rows, keys
-            _check(self._code.nibble_attend(_at(scores, matrix), is_wide, scale, *sizes))
+            _check(self._code.nibble_attend(_at(scores, matrix), scale, *sizes))
 
         _run(work, scores)
 
     def attend_gradient_(self, scores: Tensor, grad: Tensor, scale: float) -> None:
-        """Make scores probabilities, and their gradient that of the scores, both scaled."""
+        """Make float32 scores probabilities, and their gradient that of the scores, both scaled."""
         rows, keys = scores.shape[1:]
-        is_wide = scores.dtype == torch.float32
 
         def work(matrix: int, stop: int) -> None:
             addresses, sizes = (_at(scores, matrix), _at(grad, matrix)), (stop - matrix, rows, keys)
-            _check(self._code.nibble_attend_gradient(*addresses, is_wide, scale, *sizes))
+            _check(self._code.nibble_attend_gradient(*addresses, scale, *sizes))
 
         _run(work, scores, grad)
 
@@ -229,8 +227,8 @@ def agrees_with_reference(library: Library) -> bool:
     expected = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)
     pairs = [(rstd, expected), (y, wide * expected * weight[0].float())]
     pairs.append((library.gated(x, up, "silu"), torch.nn.functional.silu(wide) * up.float()))
-    scores = x[None, :, :5].contiguous()
-    masked = scores.float().masked_fill(torch.ones(5, 5).triu(1).bool(), -torch.inf)
+    scores = x[None, :, :5].float().contiguous()
+    masked = scores.masked_fill(torch.ones(5, 5).triu(1).bool(), -torch.inf)
     library.attend_(scores, 1.0)
     pairs.append((scores, masked.softmax(-1)))
     return all(torch.allclose(ours.float(), theirs, rtol=2e-2, atol=1e-3) for ours, theirs in pairs)
