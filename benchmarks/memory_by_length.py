@@ -26,7 +26,8 @@ from pathlib import Path
 
 import torch
 from recording import machine, write_results
-from vs_peers import ALPHA, RANK, Shape, make_folder
+from shapes import Shape, make_folder
+from vs_peers import ALPHA, RANK
 
 from nibble.config import load_config
 from nibble.plan import simulate
