@@ -12,9 +12,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
+from nibble.kernels.adapted import frozen_gradient, frozen_product
 from nibble.kernels.nf4 import BLOCK_SIZE, Quantized, dequantize, quantize
 from nibble.kernels.products import product_dtype
 
@@ -156,7 +156,7 @@ class _FrozenLinear(torch.autograd.Function):
         ctx.layer = layer
         weight = weight_for_product(layer, x)
         bias = None if bias is None else bias.to(weight.dtype)
-        return F.linear(x.to(weight.dtype), weight, bias).to(x.dtype)
+        return frozen_product(x, weight, bias)
 
     @staticmethod
     @once_differentiable
@@ -164,8 +164,7 @@ class _FrozenLinear(torch.autograd.Function):
         ctx: Any, *grads: Tensor
     ) -> tuple[Tensor, None, None]:
         (grad_y,) = grads
-        weight = weight_for_product(ctx.layer, grad_y)
-        return (grad_y.to(weight.dtype) @ weight).to(grad_y.dtype), None, None
+        return frozen_gradient(grad_y, weight_for_product(ctx.layer, grad_y)), None, None
 
 
 def _frozen_linear(x: Tensor, layer: HasDenseWeight, bias: Tensor | None) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from nibble.kernels.adapted import adapted_gradients, adapted_product
 from nibble.kernels.layers import recipe_of
 from nibble.kernels.products import product_dtype
 from nibble.model.linear4bit import weight_for_product
@@ -130,25 +131,20 @@ class _AdaptedProduct(torch.autograd.Function):
         base: FrozenLinear,
         scale: float,
     ) -> Tensor:
-        x_TI = x.reshape(-1, x.shape[-1])
-        input_TI = x_TI if x_dropped is None else x_dropped.reshape(x_TI.shape)
+        dropped_TI = None if x_dropped is None else x_dropped.reshape(-1, x.shape[-1])
         recipe = recipe_of(x) if x_dropped is None else None
         weight = weight_for_product(base, x)
-        dtype = weight.dtype
-        bias = None if base.bias is None else base.bias.to(dtype)
-        factor = x.to(dtype)
-        y = F.linear(factor, weight, bias)
-        factor_TI = factor.reshape(x_TI.shape) if x_dropped is None else input_TI.to(dtype)
-        xa_TR = factor_TI @ lora_A.to(dtype).T
-        y.view(-1, y.shape[-1]).addmm_(xa_TR, lora_B.to(dtype).T, alpha=scale)
+        bias = None if base.bias is None else base.bias.to(weight.dtype)
+        factors = lora_A.to(weight.dtype), lora_B.to(weight.dtype)
+        y, xa_TR = adapted_product(x, dropped_TI, weight, bias, *factors, scale)
         ctx.base, ctx.scale, ctx.has_dropout = base, scale, x_dropped is not None
         ctx.shape, ctx.maker = x.shape, None
-        kept = (input_TI,)
+        kept = (x if x_dropped is None else x_dropped,)
         if recipe is not None:
             ctx.maker, kept = recipe.maker, recipe.tensors
             ctx.maker.num_uses += 1
-        ctx.save_for_backward(xa_TR.to(x.dtype), lora_A, lora_B, *kept)
-        return y.to(x.dtype)
+        ctx.save_for_backward(xa_TR, lora_A, lora_B, *kept)
+        return y
 
     @staticmethod
     @once_differentiable
@@ -156,19 +152,20 @@ class _AdaptedProduct(torch.autograd.Function):
         xa_TR, lora_A, lora_B, *kept = ctx.saved_tensors
         made = kept[0] if ctx.maker is None else ctx.maker.take(*kept)
         (grad_y,) = grads
-        dtype = product_dtype(grad_y)
-        input_TI = made.reshape(-1, made.shape[-1]).to(dtype)
-        g_TO = grad_y.reshape(-1, grad_y.shape[-1]).to(dtype)
-        gb_TR = (g_TO @ lora_B.to(dtype)).mul_(ctx.scale)
-        grad_A = (gb_TR.T @ input_TI).to(lora_A.dtype)
-        grad_B = (g_TO.T @ xa_TR.to(dtype)).to(lora_B.dtype).mul_(ctx.scale)
-        del made, input_TI
-        grad_x = grad_x_dropped = None
-        if ctx.needs_input_grad[0]:
-            grad_x_TI = g_TO @ weight_for_product(ctx.base, grad_y)
-            if not ctx.has_dropout:
-                grad_x_TI.addmm_(gb_TR, lora_A.to(dtype))
-            grad_x = grad_x_TI.to(grad_y.dtype).view(ctx.shape)
+        dtype, num_rows = product_dtype(grad_y), len(xa_TR)
+        A, B = lora_A.to(dtype), lora_B.to(dtype)
+        grad_x, grad_A, grad_B, grad_xa_TR = adapted_gradients(
+            grad_y.reshape(num_rows, -1),
+            made.reshape(num_rows, -1),
+            xa_TR,
+            weight_for_product(ctx.base, grad_y) if ctx.needs_input_grad[0] else None,
+            None if ctx.has_dropout else A,
+            B,
+            ctx.scale,
+        )
+        grad_x = None if grad_x is None else grad_x.view(ctx.shape)
+        grad_x_dropped = None
         if ctx.has_dropout and ctx.needs_input_grad[1]:
-            grad_x_dropped = (gb_TR @ lora_A.to(dtype)).to(grad_y.dtype).view(ctx.shape)
+            grad_x_dropped = (grad_xa_TR @ A).to(grad_y.dtype).view(ctx.shape)
+        grad_A, grad_B = grad_A.to(lora_A.dtype), grad_B.to(lora_B.dtype)
         return grad_x, grad_x_dropped, grad_A, grad_B, None, None
