@@ -1,7 +1,8 @@
 """Causal attention inside the documents of a packed row, in bfloat16 on a CPU.
 
-It goes by plain products of blocks. Scores and their gradients are float32, as in torch's; what is
-multiplied by them is in the type that the CPU multiplies fastest:
+Scores and their gradients are float32, as in torch's; what is multiplied by them is in the type
+that the CPU multiplies fastest. Where that is float32, compiled code goes through the documents.
+Elsewhere, and where there are fewer documents and heads than threads, plain products of blocks do:
 
     rows        256 rows of scores at a time, against the keys up to their end
     heads       as many key heads at once as keep a block in the cache of a core
@@ -20,7 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from nibble.kernels.layers_cpu import library_for
+from nibble.kernels.layers_cpu import Library, library_for
 from nibble.kernels.products import product_dtype
 from nibble.kernels.target import device_type, is_fake, report_kernel
 
@@ -85,6 +86,11 @@ class _BlockedAttention(torch.autograd.Function):
         ctx.documents, ctx.scale = documents, scale
         q_GRTK, k_GTK, v_GTK = _by_key_head(query, key), key[0], value[0]
         y = query.new_empty(1, query.shape[2], query.shape[1], query.shape[3])
+        library = _library_of_documents(query, key, value, documents, num_products=2)
+        if library is not None:
+            states = query, key, value, y.transpose(1, 2)
+            library.attend_documents(states, documents, scale)
+            return y
         y_GRTK = _by_key_head(y.transpose(1, 2), key)
         blocks = _Blocks(q_GRTK, documents, scale, num_products=2)
         for document, heads in blocks.parts():
@@ -102,15 +108,21 @@ class _BlockedAttention(torch.autograd.Function):
         ctx: Any, *grads: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, None, None]:
         query, key, value = ctx.saved_tensors
-        q_GRTK, k_GTK, v_GTK = _by_key_head(query, key), key[0], value[0]
-        g_GRTK = _by_key_head(grads[0].transpose(1, 2), key)
+        grad_y = grads[0].contiguous().transpose(1, 2)
         # Token by token: the products that come next read rows.
         grad_q, grad_k, grad_v = (
             torch.empty_like(x.transpose(1, 2), memory_format=torch.contiguous_format)
             for x in (query, key, value)
         )
-        grad_q_GRTK = _by_key_head(grad_q.transpose(1, 2), key)
-        grad_k_GTK, grad_v_GTK = (grad[0].transpose(0, 1) for grad in (grad_k, grad_v))
+        grad_q, grad_k, grad_v = (grad.transpose(1, 2) for grad in (grad_q, grad_k, grad_v))
+        library = _library_of_documents(query, key, value, ctx.documents, num_products=5)
+        if library is not None:
+            states = query, key, value, grad_y, grad_q, grad_k, grad_v
+            library.attend_documents(states, ctx.documents, ctx.scale)
+            return grad_q, grad_k, grad_v, None, None
+        q_GRTK, k_GTK, v_GTK = _by_key_head(query, key), key[0], value[0]
+        g_GRTK, grad_q_GRTK = (_by_key_head(grad, key) for grad in (grad_y, grad_q))
+        grad_k_GTK, grad_v_GTK = grad_k[0], grad_v[0]
         blocks = _Blocks(q_GRTK, ctx.documents, ctx.scale, num_products=5)
         for document, heads in blocks.parts():
             q, g = (blocks.dense(states[heads, :, document]) for states in (q_GRTK, g_GRTK))
@@ -125,7 +137,6 @@ class _BlockedAttention(torch.autograd.Function):
                 grad_q_part[:, :, rows] = torch.bmm(grad_s, k[:, seen]).view_as(q_rows)
                 sum_k[:, seen] += torch.bmm(grad_s.mT, q_rows.flatten(1, 2))
             grad_k_GTK[heads, document], grad_v_GTK[heads, document] = sum_k, sum_v
-        grad_q, grad_k, grad_v = (grad.transpose(1, 2) for grad in (grad_q, grad_k, grad_v))
         return grad_q, grad_k, grad_v, None, None
 
 
@@ -139,17 +150,14 @@ class _Blocks:
     def __init__(
         self, q_GRTK: Tensor, documents: Sequence[int], scale: float, *, num_products: int
     ) -> None:
-        self._num_heads, self._repeats, _, width = q_GRTK.shape
+        self._num_heads, self._repeats = q_GRTK.shape[:2]
         self._documents = [slice(a, b) for a, b in pairwise(documents) if a < b]
         self._scale, self._library = scale, library_for(q_GRTK)
         self._dtype = product_dtype(q_GRTK)
         self._is_fake = is_fake(q_GRTK)
         lengths = dict.fromkeys(part.stop - part.start for part in self._documents)
         if self._is_fake:
-            # Causal: half of all scores.
-            flops = num_products * self._num_heads * self._repeats * width
-            flops *= sum((part.stop - part.start) ** 2 for part in self._documents)
-            report_kernel("attention", flops, num_products * q_GRTK.nbytes)
+            _report(q_GRTK.flatten(0, 1)[None], documents, num_products)
             self._documents = [slice(0, length) for length in lengths]
         num_values = max(self._heads(n) * self._repeats * self._rows(n) * n for n in lengths)
         wide = torch.promote_types(self._dtype, torch.float32)
@@ -212,6 +220,28 @@ class _Blocks:
     def _heads(self, length: int) -> int:
         num_bytes = self._repeats * self._rows(length) * length * _SCORE_BYTES
         return min(self._num_heads, max(torch.get_num_threads(), BLOCK_BYTES // num_bytes))
+
+
+def _library_of_documents(
+    query: Tensor, key: Tensor, value: Tensor, documents: Sequence[int], *, num_products: int
+) -> Library | None:
+    """The compiled code, where it is the faster way; the work on fake tensors is reported."""
+    num_parts = (len(documents) - 1) * key.shape[1]
+    is_wide = product_dtype(query) == torch.float32
+    has_dense_heads = all(states.stride(-1) == 1 for states in (query, key, value))
+    if not is_wide or not has_dense_heads or num_parts < torch.get_num_threads():
+        return None
+    library = library_for(query, key, value)
+    if library is not None and is_fake(query):
+        _report(query, documents, num_products)
+    return library
+
+
+def _report(query: Tensor, documents: Sequence[int], num_products: int) -> None:
+    """Say what attention would do. Causal: half of all scores."""
+    flops = num_products * query.shape[1] * query.shape[-1]
+    flops *= sum((stop - start) ** 2 for start, stop in pairwise(documents))
+    report_kernel("attention", flops, num_products * query.nbytes)
 
 
 def _by_key_head(states: Tensor, key: Tensor) -> Tensor:

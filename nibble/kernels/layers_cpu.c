@@ -58,6 +58,13 @@ static inline Floats rounded(Floats value)
     return widened(narrowed(value));
 }
 
+#if defined(__AVX512BW__)
+static inline __mmask16 lanes(int64_t count)
+{
+    return (__mmask16)(count < LANES ? (1u << count) - 1 : 0xffff);
+}
+#endif
+
 /* `count` values, 16 at most; zeros behind them. */
 static inline Floats load(const bfloat16 *from, int64_t count)
 {
@@ -90,12 +97,37 @@ static inline void store_floats(float *to, Floats value)
     memcpy(to, &value, sizeof value);
 }
 
+/* `count` values, 16 at most; zeros behind them. */
+static inline Floats load_some(const float *from, int64_t count)
+{
+#if defined(__AVX512BW__)
+    return (Floats)_mm512_maskz_loadu_ps(lanes(count), from);
+#else
+    Floats value = {0};
+    memcpy(&value, from, (size_t)(count < LANES ? count : LANES) * sizeof *from);
+    return value;
+#endif
+}
+
+static inline void store_some(float *to, Floats value, int64_t count)
+{
+#if defined(__AVX512BW__)
+    _mm512_mask_storeu_ps(to, lanes(count), (__m512)value);
+#else
+    memcpy(to, &value, (size_t)(count < LANES ? count : LANES) * sizeof *to);
+#endif
+}
+
 static inline float sum_of(Floats value)
 {
+#if defined(__AVX512BW__)
+    return _mm512_reduce_add_ps((__m512)value);
+#else
     float sum = 0;
     for (int i = 0; i < LANES; i++)
         sum += value[i];
     return sum;
+#endif
 }
 
 /* b where one of them is no number. */
@@ -111,18 +143,26 @@ static inline Floats larger(Floats a, Floats b)
 
 static inline float largest_of(Floats value)
 {
+#if defined(__AVX512BW__)
+    return _mm512_reduce_max_ps((__m512)value);
+#else
     float found = value[0];
     for (int i = 1; i < LANES; i++)
         found = value[i] > found ? value[i] : found;
     return found;
+#endif
 }
 
 /* The first `count` lanes of a, the others of b. */
 static inline Floats first_of(Floats a, Floats b, int64_t count)
 {
+#if defined(__AVX512BW__)
+    return (Floats)_mm512_mask_blend_ps(lanes(count), (__m512)b, (__m512)a);
+#else
     Ints lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     Words is_first = (Words)(lane < (int32_t)(count < LANES ? count : LANES));
     return (Floats)(((Words)a & is_first) | ((Words)b & ~is_first));
+#endif
 }
 
 /* value * 2^n for whole n; from -127 (0) to 128 (infinite) on some CPUs. */
@@ -294,25 +334,6 @@ void nibble_rotate(const bfloat16 *x, const bfloat16 *cos, const bfloat16 *sin, 
 
 /* ---- attention ------------------------------------------------------------------------------- */
 
-/* `count` values, 16 at most; zeros behind them. */
-static inline Floats load_some(const float *from, int64_t count)
-{
-    Floats value = {0};
-    if (count >= LANES)
-        memcpy(&value, from, sizeof value);
-    else
-        memcpy(&value, from, (size_t)count * sizeof *from);
-    return value;
-}
-
-static inline void store_some(float *to, Floats value, int64_t count)
-{
-    if (count >= LANES)
-        memcpy(to, &value, sizeof value);
-    else
-        memcpy(to, &value, (size_t)count * sizeof *to);
-}
-
 /* Results below the normal numbers become 0 until `restore`. With them in its factors a product takes
  * ten times as long on some CPUs, and probabilities of far keys have them. */
 static inline unsigned flush_subnormals(void)
@@ -351,6 +372,34 @@ static inline float exponentials(const float *scores, float scale, int64_t seen,
     return 1.0f / sum_of(total);
 }
 
+/* A row of scores becomes probabilities of the first `seen` keys. `row` has room for a row. */
+static inline void attend_row(float *scores, float scale, int64_t seen, int64_t keys, float *row)
+{
+    float inverse = exponentials(scores, scale, seen, row);
+    for (int64_t i = 0; i < seen; i += LANES)
+        store_some(scores + i, load_floats(row + i) * inverse, seen - i);
+    memset(scores + seen, 0, (size_t)(keys - seen) * sizeof *scores);
+}
+
+/* A row of scores becomes probabilities p, and the gradient of p that of scores / scale, times scale:
+ * scale p (grad - sum(p grad)). */
+static inline void attend_gradient_row(float *scores, float *grad, float scale, int64_t seen,
+                                       int64_t keys, float *row)
+{
+    float inverse = exponentials(scores, scale, seen, row);
+    Floats along = {0};
+    for (int64_t i = 0; i < seen; i += LANES)
+        along += load_floats(row + i) * load_some(grad + i, seen - i);
+    float sum = sum_of(along) * inverse;
+    for (int64_t i = 0; i < seen; i += LANES) {
+        Floats p = load_floats(row + i) * inverse;
+        store_some(scores + i, p, seen - i);
+        store_some(grad + i, (load_some(grad + i, seen - i) - sum) * p * scale, seen - i);
+    }
+    memset(scores + seen, 0, (size_t)(keys - seen) * sizeof *scores);
+    memset(grad + seen, 0, (size_t)(keys - seen) * sizeof *grad);
+}
+
 /* Scores (matrices, rows, keys) become probabilities; row r sees all keys but the last
  * rows - 1 - r. Returns nonzero without memory. */
 int nibble_attend(float *scores, float scale, int64_t matrices, int64_t rows, int64_t keys)
@@ -359,20 +408,14 @@ int nibble_attend(float *scores, float scale, int64_t matrices, int64_t rows, in
     if (!row)
         return 1;
     unsigned before = flush_subnormals();
-    for (int64_t r = 0; r < matrices * rows; r++, scores += keys) {
-        int64_t seen = keys - rows + 1 + r % rows;
-        float inverse = exponentials(scores, scale, seen, row);
-        for (int64_t i = 0; i < seen; i += LANES)
-            store_some(scores + i, load_floats(row + i) * inverse, seen - i);
-        memset(scores + seen, 0, (size_t)(keys - seen) * sizeof *scores);
-    }
+    for (int64_t r = 0; r < matrices * rows; r++, scores += keys)
+        attend_row(scores, scale, keys - rows + 1 + r % rows, keys, row);
     restore(before);
     free(row);
     return 0;
 }
 
-/* Scores become probabilities p, and the gradient of p that of scores / scale, times scale:
- * scale p (grad - sum(p grad)). */
+/* The same, and the gradient of the probabilities becomes that of the scores. */
 int nibble_attend_gradient(float *scores, float *grad, float scale, int64_t matrices, int64_t rows,
                            int64_t keys)
 {
@@ -380,24 +423,211 @@ int nibble_attend_gradient(float *scores, float *grad, float scale, int64_t matr
     if (!row)
         return 1;
     unsigned before = flush_subnormals();
-    for (int64_t r = 0; r < matrices * rows; r++, scores += keys, grad += keys) {
-        int64_t seen = keys - rows + 1 + r % rows;
-        float inverse = exponentials(scores, scale, seen, row);
-        Floats along = {0};
-        for (int64_t i = 0; i < seen; i += LANES)
-            along += load_floats(row + i) * load_some(grad + i, seen - i);
-        float sum = sum_of(along) * inverse;
-        for (int64_t i = 0; i < seen; i += LANES) {
-            Floats p = load_floats(row + i) * inverse;
-            store_some(scores + i, p, seen - i);
-            store_some(grad + i, (load_some(grad + i, seen - i) - sum) * p * scale, seen - i);
-        }
-        memset(scores + seen, 0, (size_t)(keys - seen) * sizeof *scores);
-        memset(grad + seen, 0, (size_t)(keys - seen) * sizeof *grad);
-    }
+    for (int64_t r = 0; r < matrices * rows; r++, scores += keys, grad += keys)
+        attend_gradient_row(scores, grad, scale, keys - rows + 1 + r % rows, keys, row);
     restore(before);
     free(row);
     return 0;
+}
+
+/* ---- attention of whole documents, its products in float32 ----------------------------------- */
+
+#if defined(__AVX512F__)
+enum { TILE = 8, VECTORS = 2 };
+#else
+enum { TILE = 4, VECTORS = 1 };
+#endif
+enum { ACROSS = VECTORS * LANES, BLOCK = 32 };
+
+/* A factor; its values lie `row` apart in a column and `step` apart in a row. */
+typedef struct {
+    const float *at;
+    int64_t row, step;
+} Matrix;
+
+/* c = a b, or c += a b, for a (rows, depth) and b (depth, columns); rows come in multiples of TILE,
+ * columns of ACROSS: a tile of c stays in registers. Rows of b and c are dense. */
+static void multiply(Matrix a, Matrix b, float *c, int64_t c_row, int64_t rows, int64_t columns,
+                     int64_t depth, int add)
+{
+    for (int64_t j = 0; j < columns; j += ACROSS)
+        for (int64_t i = 0; i < rows; i += TILE) {
+            const float *down = a.at + i * a.row, *along = b.at + j;
+            float *to = c + i * c_row + j;
+            Floats sums[TILE][VECTORS];
+            for (int r = 0; r < TILE; r++)
+                for (int n = 0; n < VECTORS; n++)
+                    sums[r][n] = add ? load_floats(to + r * c_row + n * LANES) : (Floats){0};
+            for (int64_t d = 0; d < depth; d++, down += a.step, along += b.row) {
+                Floats values[VECTORS];
+                for (int n = 0; n < VECTORS; n++)
+                    values[n] = load_floats(along + n * LANES);
+                for (int r = 0; r < TILE; r++)
+                    for (int n = 0; n < VECTORS; n++)
+                        sums[r][n] += all(down[r * a.row]) * values[n];
+            }
+            for (int r = 0; r < TILE; r++)
+                for (int n = 0; n < VECTORS; n++)
+                    store_floats(to + r * c_row + n * LANES, sums[r][n]);
+        }
+}
+
+static inline int64_t up_to(int64_t count, int64_t multiple)
+{
+    return (count + multiple - 1) / multiple * multiple;
+}
+
+/* Tokens of a document and width of a head; `padded` and `across` are what they take up in memory. */
+typedef struct {
+    int64_t tokens, padded, width, across;
+    float scale;
+} Sizes;
+
+static Sizes sizes_of(int64_t tokens, int64_t width, float scale)
+{
+    int64_t padded = up_to(tokens, ACROSS);
+    if (padded % 256 == 0) /* rows that begin whole pages apart push each other out of the cache */
+        padded += ACROSS;
+    return (Sizes){tokens, padded, width, up_to(width, ACROSS), scale};
+}
+
+/* Floats that `nibble_attention` (or its gradient) needs for documents up to this length. */
+int64_t nibble_attention_floats(int64_t tokens, int64_t width, int is_gradient)
+{
+    Sizes s = sizes_of(tokens, width, 0);
+    int64_t by_token = s.padded * s.across, by_block = BLOCK * (s.padded + 2 * s.across);
+    int64_t row = s.padded + LANES;
+    if (is_gradient)
+        return 3 * by_token + 2 * s.width * s.padded + by_block + BLOCK * (s.padded + s.across) + row;
+    return by_token + s.width * s.padded + by_block + row;
+}
+
+/* One head: token t begins at at + t * stride. */
+typedef struct {
+    bfloat16 *at;
+    int64_t stride;
+} Head;
+
+/* Head `head` from `token` on, of states with two strides each: of heads and of tokens. */
+static Head head_of(bfloat16 *const *states, const int64_t *strides, int which, int64_t head,
+                    int64_t token)
+{
+    int64_t stride = strides[2 * which + 1];
+    return (Head){states[which] + head * strides[2 * which] + token * stride, stride};
+}
+
+/* The first tokens in float32, zeros behind and below. */
+static void widen(Head head, int64_t tokens, Sizes s, float *to, int64_t rows)
+{
+    for (int64_t t = 0; t < rows; t++)
+        for (int64_t i = 0; i < s.across; i += LANES, to += LANES) {
+            int64_t count = t < tokens && i < s.width ? s.width - i : 0;
+            store_floats(to, count ? load(head.at + t * head.stride + i, count) : (Floats){0});
+        }
+}
+
+static void narrow(const float *from, int64_t tokens, Sizes s, Head head)
+{
+    for (int64_t t = 0; t < tokens; t++, from += s.across)
+        for (int64_t i = 0; i < s.width; i += LANES)
+            store(head.at + t * head.stride + i, load_floats(from + i), s.width - i);
+}
+
+/* (padded, across) -> (width, padded). */
+static void transpose(const float *from, Sizes s, float *to)
+{
+    for (int64_t t = 0; t < s.padded; t++, from += s.across)
+        for (int64_t i = 0; i < s.width; i++)
+            to[i * s.padded + t] = from[i];
+}
+
+/* q, k, v, y of a document: heads from `head` on that share the key head `key_head`. */
+static void attend_document(bfloat16 *const *states, const int64_t *strides, int64_t head,
+                            int64_t num_heads, int64_t key_head, int64_t token, Sizes s,
+                            float *memory)
+{
+    float *values = memory, *keys = values + s.padded * s.across;
+    float *scores = keys + s.width * s.padded, *query = scores + BLOCK * s.padded;
+    float *out = query + BLOCK * s.across, *row = out + BLOCK * s.across;
+    widen(head_of(states, strides, 1, key_head, token), s.tokens, s, values, s.padded);
+    transpose(values, s, keys);
+    widen(head_of(states, strides, 2, key_head, token), s.tokens, s, values, s.padded);
+    for (int64_t h = head; h < head + num_heads; h++)
+        for (int64_t first = 0; first < s.tokens; first += BLOCK) {
+            int64_t rows = s.tokens - first < BLOCK ? s.tokens - first : BLOCK;
+            int64_t tiled = up_to(rows, TILE), seen = up_to(first + rows, ACROSS);
+            widen(head_of(states, strides, 0, h, token + first), rows, s, query, tiled);
+            multiply((Matrix){query, s.across, 1}, (Matrix){keys, s.padded, 1}, scores, s.padded,
+                     tiled, seen, s.width, 0);
+            for (int64_t r = 0; r < rows; r++)
+                attend_row(scores + r * s.padded, s.scale, first + r + 1, seen, row);
+            multiply((Matrix){scores, s.padded, 1}, (Matrix){values, s.across, 1}, out, s.across,
+                     tiled, s.across, first + rows, 0);
+            narrow(out, rows, s, head_of(states, strides, 3, h, token + first));
+        }
+}
+
+/* q, k, v, the gradient of y, and the gradients of q, k, v that it makes. */
+static void attend_document_gradient(bfloat16 *const *states, const int64_t *strides, int64_t head,
+                                     int64_t num_heads, int64_t key_head, int64_t token, Sizes s,
+                                     float *memory)
+{
+    int64_t by_token = s.padded * s.across, by_block = BLOCK * s.across;
+    float *keys = memory, *grad_keys = keys + by_token, *grad_values = grad_keys + by_token;
+    float *keys_turned = grad_values + by_token, *values_turned = keys_turned + s.width * s.padded;
+    float *scores = values_turned + s.width * s.padded, *grad_scores = scores + BLOCK * s.padded;
+    float *query = grad_scores + BLOCK * s.padded, *grad = query + by_block, *out = grad + by_block;
+    float *row = out + by_block;
+    widen(head_of(states, strides, 2, key_head, token), s.tokens, s, keys, s.padded);
+    transpose(keys, s, values_turned);
+    widen(head_of(states, strides, 1, key_head, token), s.tokens, s, keys, s.padded);
+    transpose(keys, s, keys_turned);
+    memset(grad_keys, 0, (size_t)(2 * by_token) * sizeof *grad_keys);
+    for (int64_t h = head; h < head + num_heads; h++)
+        for (int64_t first = 0; first < s.tokens; first += BLOCK) {
+            int64_t rows = s.tokens - first < BLOCK ? s.tokens - first : BLOCK;
+            int64_t tiled = up_to(rows, TILE), seen = up_to(first + rows, ACROSS);
+            Matrix q = {query, s.across, 1}, g = {grad, s.across, 1};
+            widen(head_of(states, strides, 0, h, token + first), rows, s, query, tiled);
+            widen(head_of(states, strides, 3, h, token + first), rows, s, grad, tiled);
+            multiply(q, (Matrix){keys_turned, s.padded, 1}, scores, s.padded, tiled, seen, s.width,
+                     0);
+            multiply(g, (Matrix){values_turned, s.padded, 1}, grad_scores, s.padded, tiled, seen,
+                     s.width, 0);
+            for (int64_t r = 0; r < rows; r++)
+                attend_gradient_row(scores + r * s.padded, grad_scores + r * s.padded, s.scale,
+                                    first + r + 1, seen, row);
+            int64_t keys_seen = up_to(first + rows, TILE);
+            multiply((Matrix){scores, 1, s.padded}, g, grad_values, s.across, keys_seen, s.across,
+                     rows, 1);
+            multiply((Matrix){grad_scores, 1, s.padded}, q, grad_keys, s.across, keys_seen,
+                     s.across, rows, 1);
+            multiply((Matrix){grad_scores, s.padded, 1}, (Matrix){keys, s.across, 1}, out, s.across,
+                     tiled, s.across, first + rows, 0);
+            narrow(out, rows, s, head_of(states, strides, 4, h, token + first));
+        }
+    narrow(grad_keys, s.tokens, s, head_of(states, strides, 5, key_head, token));
+    narrow(grad_values, s.tokens, s, head_of(states, strides, 6, key_head, token));
+}
+
+/* Parts `first` to `stop` of attention: part p is key head p % key_heads of document p / key_heads,
+ * which goes from token documents[d] to documents[d + 1]. */
+void nibble_attention(bfloat16 *const *states, const int64_t *strides, const int64_t *documents,
+                      int64_t heads, int64_t key_heads, int64_t width, float scale, int is_gradient,
+                      int64_t first, int64_t stop, float *memory)
+{
+    unsigned before = flush_subnormals();
+    int64_t shared = heads / key_heads;
+    for (int64_t part = first; part < stop; part++) {
+        int64_t key_head = part % key_heads, token = documents[part / key_heads];
+        Sizes s = sizes_of(documents[part / key_heads + 1] - token, width, scale);
+        if (is_gradient)
+            attend_document_gradient(states, strides, key_head * shared, shared, key_head, token, s,
+                                     memory);
+        else
+            attend_document(states, strides, key_head * shared, shared, key_head, token, s, memory);
+    }
+    restore(before);
 }
 
 /* ---- the head -------------------------------------------------------------------------------- */

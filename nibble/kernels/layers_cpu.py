@@ -5,8 +5,9 @@ exact to 2 units in the last place of float32.
 """
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,11 @@ class Library:
         code.nibble_rotate.argtypes = [*pointers[:3], _FLOAT, *pointers[:3]]
         code.nibble_attend.argtypes = [_POINTER, _FLOAT, *[_INT64] * 3]
         code.nibble_attend_gradient.argtypes = [*pointers[:2], _FLOAT, *[_INT64] * 3]
+        code.nibble_attention_floats.argtypes = [_INT64, _INT64, _INT]
+        code.nibble_attention_floats.restype = _INT64
+        code.nibble_attention.argtypes = [
+            *(*pointers[:3], *[_INT64] * 3, _FLOAT, _INT, _INT64, _INT64, _POINTER)
+        ]
         code.nibble_head.argtypes = [*pointers[:2], _FLOAT, _FLOAT, _INT64, _INT64]
         code.nibble_head.restype = ctypes.c_double
         self._code = code
@@ -171,6 +177,39 @@ class Library:
 
         _run(work, scores, grad)
 
+    def attend_documents(
+        self, states: Sequence[Tensor], documents: Sequence[int], scale: float
+    ) -> None:
+        """Causal attention inside each document, products and softmax in float32.
+
+        Args:
+            states: q, k, v and y, which is written; or q, k, v, the gradient of y, and those of q,
+                k and v, which are written. Heads (1, H or G, T, K) whatever their strides.
+            documents: Boundaries from 0 to T.
+        """
+        query, key = states[:2]
+        num_heads, num_key_heads, width = query.shape[1], key.shape[1], query.shape[-1]
+        is_gradient, num_parts = len(states) > 4, (len(documents) - 1) * num_key_heads
+        longest = max(stop - start for start, stop in pairwise(documents))
+        num_floats = self._code.nibble_attention_floats(longest, width, is_gradient)
+        num_threads = min(torch.get_num_threads(), num_parts)
+        memory = query.new_empty(num_threads, num_floats, dtype=torch.float32)
+        if is_fake(query):
+            return
+        addresses = (_POINTER * len(states))(*[x.data_ptr() for x in states])
+        steps = [stride for x in states for stride in x.stride()[1:3]]
+        strides, ends = (
+            (ctypes.c_int64 * len(values))(*values) for values in (steps, list(documents))
+        )
+
+        def work(part: int, stop: int) -> None:
+            self._code.nibble_attention(
+                *(addresses, strides, ends, num_heads, num_key_heads, width, scale, is_gradient),
+                *(part, stop, _at(memory, part * num_threads // num_parts)),
+            )
+
+        in_parts(work, num_parts, least=1)
+
     def head_(self, raw: Tensor, labels: Tensor, scale: float, softcap: float | None) -> Tensor:
         """Make raw logits (C, V) the gradient of their summed cross-entropy; returns the sum.
 
@@ -219,7 +258,7 @@ def rows_of(x: Tensor, *, dense: bool = True) -> Tensor:
 
 
 def agrees_with_reference(library: Library) -> bool:
-    """Whether a norm, a gated unit and a softmax are what torch makes of them."""
+    """Whether a norm, a gated unit, a softmax and attention are what torch makes of them."""
     generator = torch.Generator().manual_seed(0)
     x, up, weight = torch.randn(3, 5, 37, generator=generator).bfloat16()
     y, rstd = library.norm(x, weight[0], 1e-6, False)
@@ -231,6 +270,11 @@ def agrees_with_reference(library: Library) -> bool:
     masked = scores.masked_fill(torch.ones(5, 5).triu(1).bool(), -torch.inf)
     library.attend_(scores, 1.0)
     pairs.append((scores, masked.softmax(-1)))
+    query, key, value, y = torch.randn(4, 1, 2, 5, 37, generator=generator).bfloat16()
+    library.attend_documents((query, key, value, y), (0, 5), 0.5)
+    attend = torch.nn.functional.scaled_dot_product_attention
+    expected = attend(query.float(), key.float(), value.float(), is_causal=True, scale=0.5)
+    pairs.append((y, expected))
     return all(torch.allclose(ours.float(), theirs, rtol=2e-2, atol=1e-3) for ours, theirs in pairs)
 
 

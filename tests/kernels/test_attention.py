@@ -42,7 +42,7 @@ def outcome(function, inputs, lengths=(5, 1, 13), scale=0.3):
     """Value and gradients; heads lie beside one another, as a model's projections give them."""
     strided = [s.transpose(1, 2).contiguous().transpose(1, 2) for s in inputs]
     y = function(*strided, (0, *accumulate(lengths)), scale)
-    direction = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view(y.shape)
+    direction = torch.linspace(-1, 1, y.numel()).bfloat16().to(y.dtype).view(y.shape)
     return y, *torch.autograd.grad((y * direction).sum(), inputs)
 
 
@@ -158,3 +158,59 @@ def test_when_it_is_used():
     assert has_own_attention(states(dtype=torch.bfloat16)[0])
     assert not has_own_attention(states(dtype=torch.float32)[0])
     assert not has_own_attention(states(dtype=torch.float16)[0])
+
+
+def _compiled_outcome(inputs, lengths, monkeypatch):
+    """Value and gradients by the code that goes through whole documents."""
+    library = layers_cpu.load()
+    if library is None:
+        pytest.skip("needs a C compiler")
+    calls = []
+    attend = library.attend_documents
+    with monkeypatch.context() as patch:
+        patch.setattr(products, "cpu_product_dtype", lambda: torch.float32)
+        patch.setattr(library, "attend_documents", lambda *a: calls.append(a) or attend(*a))
+        found = outcome(blocked_attention, inputs, lengths)
+    assert len(calls) == 2
+    return found
+
+
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    lengths=st.lists(st.integers(1, 100), min_size=1, max_size=4),
+    groups=st.sampled_from([1, 2, 3]),
+    repeats=st.sampled_from([1, 2, 5]),
+    width=st.sampled_from([1, 8, 33, 64, 80]),
+)
+def test_compiled_documents(monkeypatch, lengths, groups, repeats, width):
+    inputs = states(lengths, groups * repeats, groups, width, dtype=torch.bfloat16)
+    exact = [s.detach().double().requires_grad_() for s in inputs]
+    ours = _compiled_outcome(inputs, lengths, monkeypatch)
+    for mine, true in zip(ours, outcome(blocked_attention_reference, exact, lengths), strict=True):
+        # Rounded once, to 8 bits.
+        assert (mine.double() - true).norm() <= 4e-3 * true.norm() + 1e-6
+
+
+def test_compiled_documents_give_the_same_bits_on_any_number_of_threads(monkeypatch):
+    lengths, num_threads = (40, 1, 300), torch.get_num_threads()
+    inputs = states(lengths, 6, 2, 64, dtype=torch.bfloat16)
+    expected = _compiled_outcome(inputs, lengths, monkeypatch)
+    try:
+        torch.set_num_threads(4)
+        again = _compiled_outcome(inputs, lengths, monkeypatch)
+    finally:
+        torch.set_num_threads(num_threads)
+    assert all(torch.equal(a, b) for a, b in zip(expected, again, strict=True))
+
+
+def test_blocks_serve_where_there_are_more_threads_than_documents_and_heads(monkeypatch):
+    monkeypatch.setattr(products, "cpu_product_dtype", lambda: torch.float32)
+    query, key, value = states((9,), 4, 2, dtype=torch.bfloat16)
+    find = module._library_of_documents
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    assert find(query, key, value, (0, 9), num_products=2) is None
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert find(query, key, value, (0, 9), num_products=2) is layers_cpu.load()
+    assert find(query.mT, key.mT, value.mT, (0, 8), num_products=2) is None
