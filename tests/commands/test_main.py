@@ -40,6 +40,18 @@ def test_help_is_quick():
     assert min(seconds) <= 0.5
 
 
+def test_a_process_of_its_own_gives_all_output_and_its_code():
+    def run(*words):
+        return subprocess.run([sys.executable, "-m", "nibble", *words], capture_output=True)
+
+    schema = run("schema")
+    assert schema.returncode == 0
+    assert json.loads(schema.stdout)["properties"]
+    wrong = run("explain", "no.such.key")
+    assert wrong.returncode == 2
+    assert wrong.stderr.startswith(b"nibble: ")
+
+
 def test_train_eval_and_train_again(capsys, tiny_model_folder, data, tmp_path):
     folder, out = str(tiny_model_folder("llama")), str(tmp_path / "out")
     words = ["--model", folder, "--data", str(data), "--eval-data", str(data), "--out", out]
