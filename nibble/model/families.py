@@ -8,7 +8,7 @@ transformers defines the architectures; nothing here copies one. A decoder-only 
 is not listed works where `model.selfcheck` finds that it does.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -140,14 +140,32 @@ def decoder_layers(model: Any) -> nn.ModuleList:
     return found[0]
 
 
-def hidden_states(model: Any, batch: PackedRows) -> Tensor:
+class Documents(tuple[int, ...]):
+    """Boundaries of documents, which every layer is given, and the tokens that are read.
+
+    Attributes:
+        read: Positions, (N,); None is all of them.
+    """
+
+    read: Tensor | None
+
+    def __new__(cls, boundaries: Iterable[int], read: Tensor | None = None) -> "Documents":
+        documents = super().__new__(cls, boundaries)
+        documents.read = read
+        return documents
+
+
+def hidden_states(model: Any, batch: PackedRows, read: Tensor | None = None) -> Tensor:
     """The last hidden state of every token after the final norm, (T, D); no logits.
 
     The decoder runs without a cache. Every layer is given `documents`, the boundaries as Python
     numbers (one device sync per batch, not per layer), and a mask of one element, which keeps
     transformers from building a (T, T) mask that packed attention does not need.
+
+    Args:
+        read: The tokens whose state is needed, (N,); those of others may be wrong.
     """
-    documents = tuple(batch.cu_seq_lens.tolist())
+    documents = Documents(batch.cu_seq_lens.tolist(), read)
     output = decoder_of(model)(
         input_ids=batch.input_ids,
         position_ids=batch.position_ids,

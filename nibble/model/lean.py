@@ -66,6 +66,11 @@ def use_lean_layers(model: nn.Module) -> None:
             module.forward = partial(forward, module)
 
 
+def is_gated_part(part: Any) -> bool:
+    """Whether a module is a known feed-forward part, which looks at one token at a time."""
+    return type(part).__name__ in _GATED
+
+
 def _calling(function: Any, **names: Any) -> FunctionType:
     """The same function, which finds other things behind these names of its module."""
     changed = FunctionType(

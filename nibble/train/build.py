@@ -13,6 +13,7 @@ from nibble.model.adapt import adapt
 from nibble.model.lean import use_lean_layers
 from nibble.model.load import build_storage
 from nibble.model.place import Storage
+from nibble.model.read_rows import use_read_rows
 from nibble.model.recompute import apply_recompute
 from nibble.train.optimizer import AdamW, build_optimizer
 
@@ -52,5 +53,6 @@ def equip(model: nn.Module, run: RunConfig) -> AdamW:
             generator=torch.Generator().manual_seed(run.train.seed),
         )
         use_lean_layers(model)
+    use_read_rows(model)
     apply_recompute(model, run.train.recompute)
     return build_optimizer(model, run.optim)

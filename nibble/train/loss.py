@@ -48,13 +48,13 @@ def token_metrics(
 def _head_inputs(
     model: nn.Module, batch: Batch, autocast: torch.dtype | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    device_type = batch.input_ids.device.type
+    device_type, labels_T = batch.input_ids.device.type, next_labels(batch.labels)
     # Each weight is used once, so that autocast's cache would only hold a second copy of them all.
     is_wider = autocast is not None
     with torch.autocast(device_type, autocast, enabled=is_wider, cache_enabled=False):
-        hidden_TD = hidden_states(model, batch)
+        hidden_TD = hidden_states(model, batch, (labels_T != IGNORED).nonzero().flatten())
     dtype = autocast or hidden_TD.dtype
-    return hidden_TD.to(dtype), head_of(model).weight.to(dtype), next_labels(batch.labels)
+    return hidden_TD.to(dtype), head_of(model).weight.to(dtype), labels_T
 
 
 def next_labels(labels: Tensor) -> Tensor:
