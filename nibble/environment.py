@@ -15,8 +15,9 @@ _CACHES = {
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": SHAPES_KEPT,
     "LRU_CACHE_CAPACITY": SHAPES_KEPT,
 }
-# Spin barriers on a busy machine turn a step of 0.1 s into seconds.
-_WAITING = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"}
+# Threads that spin at barriers turn a step of 0.1 s into seconds on a busy machine; threads that
+# sleep at once wake up late a thousand times a step. These look some ten microseconds, then sleep.
+_WAITING = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "10000"}
 
 
 def bound_caches() -> None:
@@ -26,7 +27,7 @@ def bound_caches() -> None:
 
 
 def wait_passively() -> None:
-    """Let idle threads sleep; takes effect only before torch is imported."""
+    """Let idle threads sleep soon; takes effect only before torch is imported."""
     for name, value in _WAITING.items():
         os.environ.setdefault(name, value)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 # Spin barriers on a busy machine turn a 0.1 s step into seconds.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-os.environ.setdefault("GOMP_SPINCOUNT", "0")
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # As many workers as cores run side by side, one thread each.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
