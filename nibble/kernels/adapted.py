@@ -13,7 +13,9 @@ from torch.nn import functional as F
 
 from nibble.kernels.target import is_fake, report_kernel
 
-# Fewer cost time in calls, more do not fit into a cache.
+# Rows that are wide at once: as many as take so many bytes with their results, but not fewer than
+# so many. Smaller tiles cost time in calls; of wide layers larger ones would cost memory.
+TILE_BYTES = 1 << 24
 TILE_ROWS = 1024
 
 
@@ -151,7 +153,8 @@ def _gradients_of_rows(
 def _tiles(rows_TI: Tensor, weight_OI: Tensor) -> Iterator[slice]:
     """Even parts of the rows; of fake ones the first alone, and the rest is reported."""
     num_rows = len(rows_TI)
-    size = max(1, -(-num_rows // max(1, -(-num_rows // TILE_ROWS))))
+    most = max(TILE_ROWS, TILE_BYTES // (sum(weight_OI.shape) * weight_OI.itemsize))
+    size = max(1, -(-num_rows // max(1, -(-num_rows // most))))
     starts = range(0, num_rows, size)
     if is_fake(rows_TI) and len(starts) > 1:
         rest = num_rows - size

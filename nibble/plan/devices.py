@@ -199,7 +199,7 @@ def with_measured_rates(device: Device) -> Device:
     )
 
 
-def measure_cpu(seconds: float = 0.3) -> tuple[float, float]:
+def measure_cpu(seconds: float = 0.1) -> tuple[float, float]:
     """FLOP/s of a product as training takes it and bytes per second of a copy on this CPU.
 
     Each is the best of as many runs as fit in half of `seconds`, at least one after a warm-up.
