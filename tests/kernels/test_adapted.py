@@ -22,6 +22,12 @@ ROWS = (1, 7, TILE_ROWS, 2 * TILE_ROWS + 3)
 SCALE = 2.0
 
 
+@pytest.fixture(autouse=True)
+def _tiles_by_rows(monkeypatch):
+    """Layers as narrow as these would be one tile."""
+    monkeypatch.setattr(adapted, "TILE_BYTES", 0)
+
+
 def _values(num_rows, num_in=48, num_out=96, rank=4):
     torch.manual_seed(num_rows)
     sizes = (num_rows, num_in), (num_out, num_in), (num_rows, num_out), (rank, num_in)
