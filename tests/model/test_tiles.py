@@ -65,8 +65,8 @@ def test_equals_tiles_by_hand_and_leaves_the_same_random_state(num_tokens, share
 
 
 def test_an_input_without_gradient_still_trains_the_part():
-    x = torch.randn(1, NUM_TOKENS, 6)
-    part, plain = Part(), Part()
+    x = torch.randn(1, NUM_TOKENS, 6, dtype=torch.float64)
+    part, plain = Part().double(), Part().double()
     use_tiles(part)
     for each in (part, plain):
         each(x).square().sum().backward()
