@@ -6,13 +6,17 @@ INSTALLED := .venv/.installed
 export OMP_WAIT_POLICY ?= passive
 export GOMP_SPINCOUNT ?= 10000
 
-.PHONY: demo test check fix docs bench gpu-check gpu-bench clean
+.PHONY: demo test torture check fix docs bench gpu-check gpu-bench clean
 
 demo: $(INSTALLED)
 	$(BIN)/nibble demo
 
 test: $(INSTALLED)-test
 	$(BIN)/python -m pytest -n 2 -m "not gpu and not slow"
+
+# Forty minutes at most on two cores: kills, mutations, races and fuzz in full; prints the figures.
+torture: $(INSTALLED)-test
+	NIBBLE_TORTURE=1 $(BIN)/python -m pytest -n 2 -m torture -rP --timeout 2400 --durations 20
 
 check: $(INSTALLED)-test
 	$(BIN)/ruff check .

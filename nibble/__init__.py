@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from nibble.plan.plan import Plan
     from nibble.plan.plan import make_plan as plan
     from nibble.serve.generate import generate
-    from nibble.train.trainer import Result, train
+    from nibble.train.result import Result
+    from nibble.train.trainer import train
 
 __version__ = "0.1.0"
 
@@ -30,7 +31,7 @@ _HOME = {
     "AdaptedLayers": "nibble.model.adapt",
     "Quantized": "nibble.kernels.nf4",
     "Plan": "nibble.plan.plan",
-    "Result": "nibble.train.trainer",
+    "Result": "nibble.train.result",
     "RunConfig": "nibble.config",
     "adapt": "nibble.model.adapt",
     "dequantize": "nibble.kernels.nf4",

@@ -1,11 +1,14 @@
 """Public functions that span several rooms."""
 
+from collections.abc import Collection
+
 from nibble.config import RunConfig
 from nibble.events import Emit
 from nibble.plan.devices import Device
 from nibble.plan.plan import Plan, concrete, make_plan
 from nibble.train import folder, trainer
 from nibble.train.job import check_named, check_run, open_keys
+from nibble.train.result import Result
 
 
 def plan(run: RunConfig, device: Device | str = "here") -> Plan:
@@ -24,8 +27,12 @@ def plan(run: RunConfig, device: Device | str = "here") -> Plan:
 
 
 def train(
-    run: RunConfig, emit: Emit = lambda event: None, *, anyway: bool = False
-) -> trainer.Result:
+    run: RunConfig,
+    emit: Emit = lambda event: None,
+    *,
+    anyway: bool = False,
+    allow_change: Collection[str] = (),
+) -> Result:
     """Train as `run` says, or continue what stands in its folder.
 
     `auto` values are planned for this device first; a run that is continued keeps the values it
@@ -34,10 +41,21 @@ def train(
     Args:
         emit: Receives every event of the run, in order.
         anyway: Start even if the plan says that the run will not fit.
+        allow_change: What may differ from the run that is continued: dotted keys of the config,
+            or "base", "data", "tokenizer", "template", "rows".
 
     Raises:
         NibbleError: One of its kinds, each with an exit code; see `nibble.errors`.
     """
+    check_run(run)
+    with folder.hold(folder.folder_of(run)):
+        return train_held(run, emit, anyway=anyway, allow_change=allow_change)
+
+
+def train_held(
+    run: RunConfig, emit: Emit, *, anyway: bool = False, allow_change: Collection[str] = ()
+) -> Result:
+    """`train` in a folder that the caller holds."""
     check_run(run)
     if run.out is None:
         run = run.with_values({"out": str(folder.folder_of(run))}, "default")
@@ -48,11 +66,17 @@ def train(
         is_same = not folder.changed_keys(earlier, kept)
         has_begun = (out / folder.CHECKPOINTS).is_dir() or folder.is_finished(out)
         if not open_keys(kept) and (has_begun or (is_same and folder.read_plan(out))):
-            return trainer.train(kept, emit)
+            return trainer.train(kept, emit, allow_change=allow_change)
     made, dataset = make_plan(run)
     if not made.fits and not anyway:
         raise made.error()
-    return trainer.train(concrete(run, made.settings), emit, plan=made.to_dict(), dataset=dataset)
+    return trainer.train(
+        concrete(run, made.settings),
+        emit,
+        plan=made.to_dict(),
+        dataset=dataset,
+        allow_change=allow_change,
+    )
 
 
 def _with_plan_of(earlier: RunConfig, run: RunConfig) -> RunConfig:

@@ -138,6 +138,8 @@ class TrainConfig(Section):
     """Steps between evaluations; null evaluates at the start and at the end."""
     save_every: Count | Interval = _field("10min")
     """Steps, or a time such as 30s, 10min or 2h, between checkpoints."""
+    stop_within: Interval = _field("25s")
+    """Time that SIGTERM gives the step at work to finish and be saved before the process ends."""
 
 
 class OptimConfig(Section):

@@ -6,10 +6,11 @@ The log is the truth about a run: a bar, a table, a page are views of it.
 
 import csv
 import json
+import os
 import re
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import InitVar, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,7 @@ class RunEnd:
     predicted_peak_memory_bytes: int | None = None
     adapter: str = ""
     adapter_bytes: int = 0
+    adapter_sha256: dict[str, str] = field(default_factory=dict)
 
 
 Event = (
@@ -160,15 +162,22 @@ _BY_NAME = {event_name(kind): kind for kind in EVENT_TYPES}
 
 
 class EventLog:
-    """Appends events to a JSONL file, each line flushed as it is written."""
+    """Appends events to a JSONL file; a process that dies loses no line that was appended."""
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("a", encoding="utf-8")
+        self._file = path.open("a+b", buffering=0)
+        if self._file.tell():
+            self._file.seek(-1, os.SEEK_END)
+            if self._file.read(1) != b"\n":
+                self._file.write(b"\n")  # what a crash tore stays a line of its own
 
     def __call__(self, event: Event) -> None:
         record = {"event": event_name(event), "time": time.time(), **asdict(event)}
-        self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
-        self._file.flush()
+        self._file.write((json.dumps(record, ensure_ascii=False) + "\n").encode())
+
+    def sync(self) -> None:
+        """Flush all lines to the disk, so that they outlive a power cut."""
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Close the file."""
@@ -176,17 +185,17 @@ class EventLog:
 
 
 def read_events(path: Path) -> Iterator[Event]:
-    """The events of a log; a torn last line and unknown events are passed over."""
-    with path.open(encoding="utf-8") as lines:
+    """The events of a log; torn lines and unknown events are passed over."""
+    with path.open(encoding="utf-8", errors="replace") as lines:
         for line in lines:
             try:
                 record = json.loads(line)
-            except json.JSONDecodeError:
-                continue
-            kind = _BY_NAME.get(record.get("event"))
-            if kind is not None:
+                kind = _BY_NAME[record["event"]]
                 known = {item.name for item in fields(kind)}
-                yield kind(**{key: value for key, value in record.items() if key in known})
+                event = kind(**{key: value for key, value in record.items() if key in known})
+            except (ValueError, KeyError, TypeError, RecursionError):
+                continue
+            yield event
 
 
 METRICS_COLUMNS: tuple[str, ...] = (
@@ -201,13 +210,33 @@ METRICS_COLUMNS: tuple[str, ...] = (
 )
 
 
+def last_attempts(events: Iterable[Event], step: int) -> list[Event]:
+    """Steps and evaluations up to `step`, each as it was when it was last taken, in order."""
+    found: dict[tuple[int, type], Event] = {}
+    for event in events:
+        if isinstance(event, StepEnd | EvalEnd) and event.step <= step:
+            found[event.step, type(event)] = event
+    return [found[key] for key in sorted(found, key=lambda key: (key[0], key[1] is EvalEnd))]
+
+
 @dataclass
 class MetricsTable:
-    """metrics.csv: one row a step, with the held-out loss where it was measured."""
+    """metrics.csv: one row a step, with the held-out loss where it was measured.
+
+    Args:
+        path: Where it is written, anew.
+        events: Those of the steps that stand already.
+    """
 
     path: Path
+    events: InitVar[Iterable[Event]] = ()
     _pending: dict[str, Any] = field(default_factory=dict)
     _tokens: int = 0
+
+    def __post_init__(self, events: Iterable[Event]) -> None:
+        self.path.unlink(missing_ok=True)
+        for event in events:
+            self(event)
 
     def __call__(self, event: Event) -> None:
         if isinstance(event, StepEnd):

@@ -16,7 +16,16 @@ from hypothesis import HealthCheck, settings
 
 # A busy machine draws examples slowly; that says nothing of the code.
 settings.register_profile("nibble", suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("nibble")
+settings.register_profile(
+    "torture",
+    suppress_health_check=[HealthCheck.too_slow],
+    max_examples=10_000,
+    deadline=1000,
+    database=None,
+)
+# Tests marked torture have a longer version, which `make torture` runs.
+IS_TORTURE = os.environ.get("NIBBLE_TORTURE") == "1"
+settings.load_profile("torture" if IS_TORTURE else "nibble")
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -82,6 +91,12 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip("needs the folder ../shared with real models and data")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def is_torture() -> bool:
+    """Whether the long version of a test is wanted."""
+    return IS_TORTURE
 
 
 @pytest.fixture(scope="session")

@@ -14,14 +14,15 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from nibble.disk import disk_errors, fault, remove, rename, replace_file, sync_tree
 from nibble.errors import AdapterError, UsageError
 from nibble.model.adapt import AdaptedLayers, adapt, linear_layers
 from nibble.model.experts import Experts
 from nibble.model.linear4bit import DenseLinear, Linear4bit
 from nibble.model.lora import LoRALinear
+from nibble.model.tensors import write_tensors
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -74,21 +75,26 @@ def write_adapter(
 
     Raises:
         UsageError: If the model carries no adapter.
+        DiskError: If a file cannot be written.
     """
     folder = Path(folder)
-    tensors = {key: t.detach().to("cpu").contiguous() for key, t in adapter_tensors(model)}
+    tensors = {key: [factor] for key, factor in adapter_tensors(model)}
     if not tensors:
         raise UsageError("the model carries no adapter", fix="call nibble.adapt(model) first")
-    folder.mkdir(parents=True, exist_ok=True)
     base = base or str(getattr(model, "name_or_path", ""))
     config = _config_of(model, base, revision)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
-    _replace(folder / "README.md", (card or model_card(base)).encode())
-    _replace(folder / CONFIG_FILE, (json.dumps(config, indent=2) + "\n").encode())
     temporary = folder / f".{WEIGHTS_FILE}.tmp"
-    save_file(tensors, temporary, metadata={"format": "pt"})
-    temporary.replace(folder / WEIGHTS_FILE)
+    with disk_errors(f"cannot write the adapter {folder}"):
+        folder.mkdir(parents=True, exist_ok=True)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        replace_file(folder / "README.md", (card or model_card(base)).encode())
+        replace_file(folder / CONFIG_FILE, (json.dumps(config, indent=2) + "\n").encode())
+        remove(temporary)
+        write_tensors(temporary, tensors, {"format": "pt"})
+        rename(temporary, folder / WEIGHTS_FILE)
+        sync_tree(folder)
+    fault("adapter.after_write")
     return folder
 
 
@@ -271,9 +277,3 @@ def _check_tensor(key: str, tensor: Tensor, parameter: Tensor, folder: Path) -> 
         )
     if not tensor.is_floating_point() or not torch.isfinite(tensor).all():
         raise AdapterError(f"{folder / WEIGHTS_FILE}: {key} holds values that are not finite")
-
-
-def _replace(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(content)
-    temporary.replace(path)

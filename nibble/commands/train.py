@@ -21,6 +21,10 @@ def train(
     set_: Annotated[list[str] | None, typer.Option("--set", help="section.key=value")] = None,
     fresh: Annotated[bool, typer.Option(help="Start over; the folder must be empty.")] = False,
     anyway: Annotated[bool, typer.Option(help="Start even if the plan says no.")] = False,
+    allow_change: Annotated[
+        list[str] | None,
+        typer.Option(help="Continue though this key, or base, data, tokenizer, template, changed."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Train, or continue the run that stands in --out."""
@@ -34,16 +38,19 @@ def train(
     }
     run = load_config(recipe, [*progress.overrides(flags, data), *(set_ or [])])
 
-    with quick_imports():
-        from nibble import api
-        from nibble.train import folder
+    # A folder that is taken is refused before the large libraries are imported.
+    from nibble.train import folder
+    from nibble.train.interrupt import stop_signals
 
     target = folder.folder_of(run)
     if fresh:
         _refuse_content(target)
-    was_finished = folder.is_finished(target)
-    with progress.TrainingBar() as bar:
-        result = api.train(run, bar, anyway=anyway)
+    with stop_signals(), folder.hold(target):
+        was_finished = folder.is_finished(target)
+        with quick_imports():
+            from nibble import api
+        with progress.TrainingBar() as bar:
+            result = api.train_held(run, bar, anyway=anyway, allow_change=allow_change or ())
     if was_finished:
         typer.echo(f"{target} is finished already; nothing to do", err=True)
     if as_json:

@@ -1,4 +1,4 @@
-"""Read single tensors out of safetensors files, without mapping the files into memory.
+"""Read single tensors out of safetensors files, without mapping them into memory; write files.
 
     file     8 bytes: length of the header | header in JSON | values
     header   {"name": {"dtype": "BF16", "shape": [2, 3], "data_offsets": [0, 12]}, ...}
@@ -11,9 +11,9 @@ Source:
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain, pairwise
 from math import prod
 from operator import index
 from pathlib import Path
@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nibble.disk import write_file
 from nibble.errors import DiskError, ModelError
 
 _DTYPES = {
@@ -41,6 +42,8 @@ _DTYPES = {
 # Limit of the format; a longer header is a broken file.
 _LONGEST_HEADER_BYTES = 100_000_000
 _FIX = "download the file again"
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_WRITTEN_AT_ONCE = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,44 @@ class TensorReader:
         return _fill(self._buffer[: entry.num_bytes], entry)
 
 
+def write_tensors(
+    path: Path, tensors: Mapping[str, Sequence[Tensor]], metadata: Mapping[str, str] | None = None
+) -> str:
+    """Write a new file, flushed to the disk; returns its SHA-256.
+
+    Args:
+        tensors: Each in one or more pieces, on any device, which follow one another in the first
+            dimension; a piece is copied only when it is written.
+
+    Raises:
+        OSError: If it cannot be written; what is there of the file is of no use.
+    """
+    # Wide types first: every tensor then starts at a multiple of its item size.
+    names = sorted(tensors, key=lambda name: (-tensors[name][0].dtype.itemsize, name))
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    stop = 0
+    for name in names:
+        start, stop = stop, stop + sum(piece.nbytes for piece in tensors[name])
+        header[name] = {
+            "dtype": _NAMES[tensors[name][0].dtype],
+            "shape": joined_shape(tensors[name]),
+            "data_offsets": [start, stop],
+        }
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    values = (part for name in names for piece in tensors[name] for part in _bytes_of(piece))
+    return write_file(path, chain([len(text).to_bytes(8, "little") + text], values))
+
+
+def joined_shape(pieces: Sequence[Tensor]) -> list[int]:
+    """The shape of pieces that follow one another in the first dimension.
+
+    >>> joined_shape([torch.zeros(2, 3), torch.zeros(4, 3)])
+    [6, 3]
+    """
+    return [sum(len(piece) for piece in pieces), *pieces[0].shape[1:]]
+
+
 def check_finite(name: str, tensor: Tensor) -> None:
     """Raise ModelError if a floating-point tensor holds NaN or an infinite value."""
     if not tensor.is_floating_point() or tensor.numel() == 0:
@@ -134,6 +175,13 @@ def _entry(path: Path, name: str, value: Any, base: int) -> Entry:
     if start < 0 or stop - start != entry.num_bytes or min(entry.shape, default=0) < 0:
         raise ModelError(f"{path}: size and shape of {name!r} do not agree", fix=_FIX)
     return entry
+
+
+def _bytes_of(piece: Tensor) -> Iterator[memoryview]:
+    values: Any = piece.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+    whole = memoryview(values)
+    for start in range(0, len(whole), _WRITTEN_AT_ONCE):
+        yield whole[start : start + _WRITTEN_AT_ONCE]
 
 
 def _fill(buffer: Tensor, entry: Entry) -> Tensor:

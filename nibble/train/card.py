@@ -4,6 +4,7 @@ from nibble.adapter.format import model_card
 from nibble.config import RunConfig
 from nibble.events import EvalEnd
 from nibble.train.checkpoint import TrainState
+from nibble.train.exact import LEVELS
 
 
 def run_card(run: RunConfig, state: TrainState, last: EvalEnd | None) -> str:
@@ -15,7 +16,8 @@ def run_card(run: RunConfig, state: TrainState, last: EvalEnd | None) -> str:
         ("data", str(run.data.train)),
         ("steps", f"{state.step} of {run.train.batch_size} rows, {state.tokens:,} tokens"),
         ("learning rate", f"{run.optim.lr:g}, {run.optim.schedule}"),
-        ("seed, exactness", f"{run.train.seed}, {run.train.exactness}"),
+        ("seed", str(run.train.seed)),
+        ("exactness", LEVELS[run.train.exactness]),
     ]
     if last is not None:
         rows.append(("held-out loss", f"{last.loss:.4f} nats per target token"))

@@ -2,131 +2,363 @@
 
     checkpoints/step-00000120/
         state.safetensors     trained values, both moments, random state
-        manifest.json         step, counters, SHA-256 of every file
+        manifest.json         step, counters, identity, SHA-256 of the state and of itself
 
-A folder is written beside, flushed to disk and renamed, so a name is a complete checkpoint. The
-latest is found by validating manifests from the newest down; nothing is ever unpickled.
+A folder is written beside, flushed to the disk and renamed, so a name is a complete checkpoint. The
+latest is found by validating from the newest down: no file says which it is, and no clock counts.
+Nothing is ever unpickled.
 """
 
 import hashlib
 import json
-import os
+import math
 import shutil
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from operator import index
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from nibble.errors import DiskError
-from nibble.train.optimizer import AdamW
+from nibble.disk import (
+    disk_errors,
+    fault,
+    file_sha256,
+    make_folder,
+    remove,
+    rename,
+    sync_folder,
+    write_file,
+)
+from nibble.errors import DiskError, FolderInUseError, ModelError, NonFiniteError
+from nibble.model.tensors import Entry, TensorReader, read_entries, write_tensors
+from nibble.train.optimizer import AdamW, Layout
+from nibble.units import size
 
 STATE_FILE = "state.safetensors"
 MANIFEST_FILE = "manifest.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+# The newest that are kept; the best by held-out loss and the one resumed from stay as well.
 NUM_KEPT = 2
+# Of a folder that is written or deleted: never the name of a checkpoint.
+_UNFINISHED = ".tmp-"
+_LARGEST_MANIFEST_BYTES = 1_000_000
+_DIGEST = "manifest_sha256"
+# What a run draws from, for dropout: no other generator is used.
+RANDOM_STATES = ("random.cpu", "random.cuda")
 
 
 @dataclass
 class TrainState:
-    """Where a run stands: the next step to take, and what it has counted."""
+    """Where a run stands: the next step to take, what it has counted, and its best so far.
+
+    `eval_loss` is the held-out loss after just this many steps, if it was measured. With
+    `is_eval_due` it should have been measured, and the run was stopped before.
+    """
 
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0
+    micro_batch_size: int = 0
+    eval_loss: float | None = None
+    best_eval_loss: float | None = None
+    is_eval_due: bool = False
+
+    @property
+    def is_best(self) -> bool:
+        """Whether no held-out loss of the run was lower than the one just here."""
+        return self.eval_loss is not None and self.eval_loss == self.best_eval_loss
 
 
-def save(folder: Path, state: TrainState, optimizer: AdamW, *, identity: str) -> Path:
-    """Write a checkpoint below `folder` and delete all but the newest two.
+@dataclass(frozen=True)
+class Found:
+    """A whole checkpoint: its folder and what its manifest says."""
+
+    path: Path
+    state: TrainState
+    num_optimizer_steps: int
+    identity: dict[str, str]
+    sha256: str
+
+
+class Damaged(Exception):  # noqa: N818
+    """A checkpoint that is not what was written; the text says which file, and why."""
+
+
+def save(
+    folder: Path,
+    state: TrainState,
+    optimizer: AdamW,
+    *,
+    identity: Mapping[str, str],
+    resumed_from: int | None = None,
+) -> Path:
+    """Write a checkpoint below `folder`, validate it, and delete those that are not kept.
 
     Args:
-        identity: Hash of what must not change between saving and restoring.
+        identity: Name -> digest of what must not change between saving and restoring.
+        resumed_from: The step of a checkpoint that is never deleted.
 
     Raises:
+        NonFiniteError: If a value is NaN or infinite; nothing is written.
         DiskError: If the files cannot be written; older checkpoints are untouched.
     """
-    name = f"step-{state.step:08d}"
-    temporary = folder / f".tmp-{name}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-        save_file(_state_tensors(optimizer), temporary / STATE_FILE)
-        manifest = {
-            "version": FORMAT_VERSION,
-            "identity": identity,
-            "state": asdict(state),
-            "num_optimizer_steps": optimizer.num_steps,
-            "sha256": {STATE_FILE: _sha256(temporary / STATE_FILE)},
-        }
-        (temporary / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2))
-        for path in (temporary / STATE_FILE, temporary / MANIFEST_FILE, temporary):
-            _flush(path)
-        shutil.rmtree(folder / name, ignore_errors=True)
-        temporary.rename(folder / name)
-        _flush(folder)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise DiskError(f"cannot write the checkpoint {folder / name}: {error}") from None
-    for old in _newest_first(folder)[NUM_KEPT:]:
-        shutil.rmtree(old, ignore_errors=True)
+    fault("checkpoint.before_save")
+    tensors = {**optimizer.state_pieces(), **_random_state()}
+    _check_finite(tensors, state.step)
+    name = _name_of(state.step)
+    temporary = folder / f"{_UNFINISHED}{name}"
+    with disk_errors(f"cannot write the checkpoint {folder / name}"):
+        try:
+            _write(temporary, tensors, _manifest(state, optimizer, identity))
+            fault("checkpoint.after_write")
+            _delete(folder / name)
+            rename(temporary, folder / name)
+            sync_folder(folder)
+        except OSError:
+            remove(temporary)
+            raise
+        fault("checkpoint.after_rename")
+        try:
+            validate(folder / name)
+        except Damaged as damage:
+            raise DiskError(
+                f"what was written is not what the disk gives back: {damage}",
+                fix="check the disk; older checkpoints are untouched",
+            ) from None
+        _prune(folder, state.step, resumed_from)
+    fault("checkpoint.after_prune")
     return folder / name
 
 
-def restore(folder: Path, optimizer: AdamW, *, identity: str) -> TrainState | None:
-    """Load the newest complete checkpoint into `optimizer`; None if there is none."""
-    for manifest, path in _valid(folder):
-        if manifest["identity"] != identity:
-            continue
-        tensors = load_file(path / STATE_FILE)
-        _set_random_state(tensors)
-        optimizer.load_state(tensors, num_steps=manifest["num_optimizer_steps"])
-        return TrainState(**manifest["state"])
-    return None
+def latest(folder: Path) -> tuple[Found | None, list[str]]:
+    """The newest whole checkpoint, and what is wrong with those that are newer.
 
-
-def _valid(folder: Path) -> Iterator[tuple[dict, Path]]:
+    Raises:
+        DiskError: If there are checkpoints and all are damaged.
+    """
+    damages: list[str] = []
     for path in _newest_first(folder):
         try:
-            manifest = json.loads((path / MANIFEST_FILE).read_text())
-            is_whole = manifest["version"] == FORMAT_VERSION and all(
-                _sha256(path / name) == digest for name, digest in manifest["sha256"].items()
-            )
-        except (OSError, ValueError, KeyError, TypeError):
+            return validate(path), damages
+        except Damaged as damage:
+            damages.append(str(damage))
+    if damages:
+        raise DiskError(
+            f"every checkpoint in {folder} is damaged: {'; '.join(damages)}",
+            fix="bring a copy of the folder back, or start over with another --out",
+        )
+    return None, damages
+
+
+def restore(found: Found, optimizer: AdamW) -> TrainState:
+    """Load a checkpoint into `optimizer` and the random generators.
+
+    Raises:
+        FolderInUseError: If the values that it holds are others than those being trained.
+        DiskError: If it cannot be read.
+    """
+    entries = read_entries(found.path / STATE_FILE)
+    random = {name: entries.pop(name) for name in RANDOM_STATES if name in entries}
+    _check_entries(found, entries, optimizer.layout(entries))
+    reader = TensorReader([])
+    optimizer.load_state(
+        {name: reader.read(entry) for name, entry in entries.items()},
+        num_steps=found.num_optimizer_steps,
+    )
+    _set_random_state({name: reader.read(entry) for name, entry in random.items()})
+    return found.state
+
+
+def validate(path: Path) -> Found:
+    """What the manifest of a checkpoint says, after checking every byte of the folder.
+
+    Raises:
+        Damaged: If anything is not as it was written.
+    """
+    found = _read_manifest(path)
+    names = sorted(entry.name for entry in path.iterdir())
+    if names != sorted([STATE_FILE, MANIFEST_FILE]) or (path / STATE_FILE).is_symlink():
+        raise Damaged(f"{path} holds {', '.join(names)}")
+    try:
+        if file_sha256(path / STATE_FILE) != found.sha256:
+            raise Damaged(f"{path / STATE_FILE} has other bytes than its manifest says")
+        read_entries(path / STATE_FILE)
+    except (OSError, ModelError, DiskError) as error:
+        raise Damaged(str(error)) from None
+    return found
+
+
+def check_room(folder: Path, optimizer: AdamW) -> None:
+    """Refuse to start where the disk has no room for two checkpoints.
+
+    Raises:
+        DiskError: If it has not.
+    """
+    pieces = optimizer.state_pieces().values()
+    needed = 2 * sum(piece.nbytes for parts in pieces for piece in parts)
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise DiskError(
+            f"the disk of {folder} has {size(free)} free, and two checkpoints take {size(needed)}",
+            fix="free space, or choose an --out on another disk",
+        )
+
+
+def clear_unfinished(folder: Path) -> None:
+    """Delete what a run left that ended while it wrote or deleted."""
+    for path in folder.glob(f"{_UNFINISHED}*"):
+        remove(path)
+
+
+def _write(temporary: Path, tensors: Mapping[str, Sequence[Tensor]], manifest: dict) -> None:
+    remove(temporary)
+    make_folder(temporary)
+    digest = write_tensors(temporary / STATE_FILE, tensors)
+    write_file(temporary / MANIFEST_FILE, [_bytes_of({**manifest, "sha256": {STATE_FILE: digest}})])
+    sync_folder(temporary)
+
+
+def _manifest(state: TrainState, optimizer: AdamW, identity: Mapping[str, str]) -> dict[str, Any]:
+    return {
+        "version": FORMAT_VERSION,
+        "state": asdict(state),
+        "num_optimizer_steps": optimizer.num_steps,
+        "identity": dict(identity),
+    }
+
+
+def _bytes_of(manifest: dict[str, Any]) -> bytes:
+    """The text of a manifest: with its own digest, and in one form only."""
+    digest = hashlib.sha256(json.dumps(manifest, indent=2).encode()).hexdigest()
+    return (json.dumps({**manifest, _DIGEST: digest}, indent=2) + "\n").encode()
+
+
+def _read_manifest(path: Path) -> Found:
+    """What the manifest says, if it is as it was written and belongs to this folder."""
+    file = path / MANIFEST_FILE
+    try:
+        if file.is_symlink() or not file.is_file():
+            raise Damaged(f"{file} is missing")
+        if file.stat().st_size > _LARGEST_MANIFEST_BYTES:
+            raise Damaged(f"{file} is too large")
+        content = file.read_bytes()
+        manifest = json.loads(content)
+        manifest.pop(_DIGEST)
+        is_whole = _bytes_of(manifest) == content
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise Damaged(f"{file} cannot be read: {error}") from None
+    if not is_whole:
+        raise Damaged(f"{file} has other bytes than were written")
+    if manifest.get("version") != FORMAT_VERSION:
+        raise Damaged(f"{file} has version {manifest.get('version')}, expected {FORMAT_VERSION}")
+    try:
+        found = Found(
+            path=path,
+            state=_state_of(manifest["state"]),
+            num_optimizer_steps=index(manifest["num_optimizer_steps"]),
+            identity={str(name): str(digest) for name, digest in manifest["identity"].items()},
+            sha256=manifest["sha256"][STATE_FILE],
+        )
+        is_of_folder = path.name == _name_of(found.state.step)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise Damaged(f"{file} was not written by nibble: {error}") from None
+    if not is_of_folder:
+        raise Damaged(f"{file} is of step {found.state.step}, which is another folder")
+    return found
+
+
+def _state_of(values: Mapping[str, Any]) -> TrainState:
+    """The state that a manifest holds.
+
+    Raises:
+        TypeError, ValueError: If a value is none that a run could have.
+    """
+    state = TrainState(**values)
+    counts = (state.step, state.tokens, state.micro_batch_size)
+    losses = [loss for loss in (state.eval_loss, state.best_eval_loss) if loss is not None]
+    if not all(type(count) is int and count >= 0 for count in counts):
+        raise ValueError(f"its counts are {counts}")
+    if not all(math.isfinite(number) for number in (state.seconds, *losses)):
+        raise ValueError("not all of its figures are finite")
+    return replace(state, is_eval_due=bool(state.is_eval_due))
+
+
+def _prune(folder: Path, step: int, resumed_from: int | None) -> None:
+    """Delete all but the newest, the best, and the one resumed from; later steps are damaged."""
+    readable: list[TrainState] = []
+    for path in _newest_first(folder):
+        try:
+            state = _read_manifest(path).state
+        except Damaged:
             continue
-        if is_whole:
-            yield manifest, path
+        readable += [state] if state.step <= step else []
+    kept = {state.step for state in readable[:NUM_KEPT]} | {resumed_from}
+    measured = [state for state in readable if state.eval_loss is not None]
+    best = min(measured, key=lambda state: (state.eval_loss, -state.step), default=None)
+    kept |= {best.step} if best else set()
+    names = {_name_of(step) for step in kept if step is not None}
+    for path in _newest_first(folder):
+        if path.name not in names:
+            _delete(path)
+
+
+def _delete(path: Path) -> None:
+    """Take the name away first: what is deleted in part is then no damaged checkpoint."""
+    if not path.exists():
+        return
+    doomed = path.with_name(f"{_UNFINISHED}old-{path.name}")
+    remove(doomed)
+    rename(path, doomed)
+    sync_folder(path.parent)
+    remove(doomed)
+
+
+def _name_of(step: int) -> str:
+    return f"step-{step:08d}"
 
 
 def _newest_first(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*"), reverse=True) if folder.is_dir() else []
 
 
-def _state_tensors(optimizer: AdamW) -> dict[str, Tensor]:
-    tensors = {name: t.detach().cpu() for name, t in optimizer.state().items()}
-    tensors["random.cpu"] = torch.get_rng_state()
+def _check_finite(tensors: Mapping[str, Sequence[Tensor]], step: int) -> None:
+    for name, pieces in tensors.items():
+        floats = [p for p in pieces if p.is_floating_point() and p.numel()]
+        if not all(torch.isfinite(e) for p in floats for e in torch.aminmax(p)):
+            raise NonFiniteError(
+                f"after step {step} {name} holds NaN or infinite values; it was not saved",
+                fix="lower optim.lr, or use model.dtype=float32; run it again to go on from the "
+                "last checkpoint",
+            )
+
+
+def _check_entries(found: Found, entries: Mapping[str, Entry], expected: Layout) -> None:
+    """The stored values are those that are trained, in number and type."""
+    stored = {name: (entry.dtype, entry.shape) for name, entry in entries.items()}
+    for name in sorted({*expected, *stored}):
+        if expected.get(name) != stored.get(name):
+            raise FolderInUseError(
+                f"{found.path / STATE_FILE} does not fit this run: {name} is "
+                f"{_described(stored.get(name))}, expected {_described(expected.get(name))}",
+                fix="choose another --out: a run cannot go on with other trained values",
+            )
+
+
+def _described(kind: tuple[torch.dtype, tuple[int, ...]] | None) -> str:
+    return f"{kind[0]} of {list(kind[1])}".removeprefix("torch.") if kind else "not there"
+
+
+def _random_state() -> dict[str, list[Tensor]]:
+    state = {"random.cpu": [torch.get_rng_state()]}
     if torch.cuda.is_available():
-        tensors["random.cuda"] = torch.cuda.get_rng_state()
-    return tensors
+        state["random.cuda"] = [torch.cuda.get_rng_state()]
+    return state
 
 
-def _set_random_state(tensors: dict[str, Tensor]) -> None:
+def _set_random_state(tensors: Mapping[str, Tensor]) -> None:
     torch.set_rng_state(tensors["random.cpu"])
     if "random.cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["random.cuda"])
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

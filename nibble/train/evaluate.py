@@ -28,14 +28,16 @@ def evaluate(
     was_training = model.training
     model.eval()
     loss_sum, num_correct, num_target_tokens = 0.0, 0, 0
-    for batch in batches:
-        batch_loss, batch_correct, batch_targets = token_metrics(
-            model, batch.to(device), autocast=autocast
-        )
-        loss_sum += batch_loss
-        num_correct += batch_correct
-        num_target_tokens += batch_targets
-    model.train(was_training)
+    try:
+        for batch in batches:
+            batch_loss, batch_correct, batch_targets = token_metrics(
+                model, batch.to(device), autocast=autocast
+            )
+            loss_sum += batch_loss
+            num_correct += batch_correct
+            num_target_tokens += batch_targets
+    finally:
+        model.train(was_training)
     loss = loss_sum / max(1, num_target_tokens)
     return EvalEnd(
         step=step,

@@ -1,23 +1,22 @@
 """The folder of a run: whose it is, what it holds, whether it is finished."""
 
 import json
-import os
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from nibble import yamlfile
 from nibble.config import RunConfig, load_config
-from nibble.errors import DiskError, FolderInUseError
-from nibble.events import METRICS_COLUMNS, RunEnd, read_events
+from nibble.disk import replace_file
+from nibble.errors import FolderInUseError
+from nibble.events import RunEnd, RunStart, read_events
+from nibble.train.owner import LOCK_FILE, held
 
 RUN_FILE = "run.yaml"
 PLAN_FILE = "plan.json"
 EVENTS_FILE = "events.jsonl"
 METRICS_FILE = "metrics.csv"
-LOCK_FILE = ".lock"
 CHECKPOINTS = "checkpoints"
 FINISHED = "finished"
 
@@ -30,24 +29,50 @@ def folder_of(run: RunConfig) -> Path:
 
 
 @contextmanager
-def run_folder(run: RunConfig) -> Iterator[Path]:
-    """Make or enter the folder of a run, and hold it against other runs meanwhile.
+def hold(folder: Path) -> Iterator[None]:
+    """Make the folder of a run if need be, and hold it against other runs within the block.
 
     Raises:
-        FolderInUseError: If the folder holds something else, another config, or a live run.
+        FolderInUseError: If the folder holds something else than a run, or another run holds it.
         DiskError: If it cannot be made.
     """
+    if folder.is_file():
+        raise FolderInUseError(f"{folder} is a file", fix="choose another --out")
+    names = {path.name for path in folder.iterdir()} - {LOCK_FILE} if folder.is_dir() else set()
+    if names and not (folder / RUN_FILE).is_file() and names != {f".{RUN_FILE}.tmp"}:
+        raise FolderInUseError(
+            f"{folder} holds something else ({', '.join(sorted(names)[:3])})",
+            fix="choose another --out or empty the folder",
+        )
+    with held(folder):
+        yield
+
+
+def enter(run: RunConfig, allow_change: Collection[str] = ()) -> dict[str, tuple[Any, Any]]:
+    """Write down what is run in its folder, which is held; returns the keys that were changed.
+
+    Args:
+        allow_change: Dotted keys that may differ from those of the run that stands there.
+
+    Raises:
+        FolderInUseError: If the folder holds another run.
+    """
     folder = folder_of(run)
-    _check_content(folder, run)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / LOCK_FILE).open("a+")
-    except OSError as error:
-        raise DiskError(f"cannot make the output folder {folder}: {error.strerror}") from None
-    with lock:
-        _lock(lock, folder)
-        (folder / RUN_FILE).write_text(run_text(run), encoding="utf-8")
-        yield folder
+    old = read_run(folder)
+    changed = changed_keys(old, run) if old is not None else {}
+    # Before its first checkpoint a run has nothing to lose: a wrong path can be corrected.
+    if (folder / CHECKPOINTS).is_dir() or is_finished(folder):
+        refused = {key: values for key, values in changed.items() if key not in allow_change}
+        if refused:
+            listed = ", ".join(f"{k}: {a!r} -> {b!r}" for k, (a, b) in list(refused.items())[:5])
+            allowed = " ".join(f"--allow-change {key}" for key in refused)
+            raise FolderInUseError(
+                f"{folder} holds a run with another config ({listed})",
+                fix="choose another --out, run with the config of its run.yaml, or go on with "
+                f"the change: {allowed}",
+            )
+    replace_file(folder / RUN_FILE, run_text(run).encode())
+    return changed
 
 
 def read_run(folder: Path) -> RunConfig | None:
@@ -68,7 +93,7 @@ def record_plan(folder: Path, plan: Mapping[str, Any] | None) -> dict[str, Any]:
     if plan is None:
         return read_plan(folder)
     text = json.dumps({"version": 1, **plan}, indent=2, ensure_ascii=False)
-    (folder / PLAN_FILE).write_text(text + "\n", encoding="utf-8")
+    replace_file(folder / PLAN_FILE, f"{text}\n".encode())
     return dict(plan)
 
 
@@ -96,10 +121,13 @@ def is_finished(folder: Path) -> bool:
 
 
 def last_end(folder: Path) -> RunEnd | None:
-    """The last `run_end` of the log, or None."""
+    """How the run ended; None if it has not, or has begun again since."""
     path = folder / EVENTS_FILE
-    ends = [e for e in read_events(path) if isinstance(e, RunEnd)] if path.is_file() else []
-    return ends[-1] if ends else None
+    end = None
+    for event in read_events(path) if path.is_file() else ():
+        if isinstance(event, RunStart | RunEnd):
+            end = event if isinstance(event, RunEnd) else None
+    return end
 
 
 def run_text(run: RunConfig) -> str:
@@ -119,56 +147,7 @@ def run_text(run: RunConfig) -> str:
     return "\n".join(lines) + "\n"
 
 
-def forget_metrics_after(folder: Path, step: int) -> None:
-    """Drop the rows of metrics.csv that a resumed run will write again."""
-    path = folder / METRICS_FILE
-    if not path.is_file():
-        return
-    header, *rows = path.read_text(encoding="utf-8").splitlines()
-    kept = [row for row in rows if row.split(",")[0].isdigit() and int(row.split(",")[0]) <= step]
-    if header.split(",") == list(METRICS_COLUMNS):
-        path.write_text("\n".join([header, *kept]) + "\n", encoding="utf-8")
-
-
 def changed_keys(old: RunConfig, new: RunConfig) -> dict[str, tuple[Any, Any]]:
     """The dotted keys whose values differ, old and new; the folder itself does not count."""
     before, after = old.flat(), new.flat()
     return {k: (before[k], after[k]) for k in after if k != "out" and before[k] != after[k]}
-
-
-def _check_content(folder: Path, run: RunConfig) -> None:
-    if folder.is_file():
-        raise FolderInUseError(f"{folder} is a file", fix="choose another --out")
-    names = {path.name for path in folder.iterdir()} - {LOCK_FILE} if folder.is_dir() else set()
-    old = read_run(folder)
-    if names and old is None:
-        raise FolderInUseError(
-            f"{folder} holds something else ({', '.join(sorted(names)[:3])})",
-            fix="choose another --out or empty the folder",
-        )
-    changed = changed_keys(old, run) if old is not None else {}
-    # Before its first checkpoint a run has nothing to lose: a wrong path can be corrected.
-    if changed and (CHECKPOINTS in names or is_finished(folder)):
-        listed = ", ".join(f"{key}: {a!r} -> {b!r}" for key, (a, b) in list(changed.items())[:5])
-        raise FolderInUseError(
-            f"{folder} holds a run with another config ({listed})",
-            fix="choose another --out, or run with the config of its run.yaml",
-        )
-
-
-def _lock(lock: Any, folder: Path) -> None:
-    try:
-        import fcntl
-    except ImportError:
-        return
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        lock.seek(0)
-        owner = lock.read().strip() or "another process"
-        raise FolderInUseError(
-            f"{folder} is in use by {owner}", fix="wait for it, or choose another --out"
-        ) from None
-    lock.truncate(0)
-    lock.write(f"process {os.getpid()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
-    lock.flush()

@@ -1,29 +1,99 @@
-"""The end of a run that comes from outside: a signal."""
+"""The end of a run that comes from outside: a signal.
 
+before the loop     any signal ends the run at once
+in the loop         the first lets the step at work be finished and saved; a second ends at once
+SIGTERM, SIGUSR1    the process also ends by itself once the time to save is over
+"""
+
+import os
 import signal
-from typing import Any
+import sys
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from nibble.errors import NibbleError, RunInterrupted, StoppedError
+
+Item = TypeVar("Item")
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+class Asked(Exception):  # noqa: N818
+    """The run was asked to stop in the middle of something that can be done again."""
 
 
 class StopSignal:
-    """Remembers the first SIGINT, SIGTERM or SIGUSR1; the loop asks after every step."""
+    """What was asked of a run.
+
+    Attributes:
+        name: The signal that asked it to stop, or nothing.
+        standing: What stands of the run, for a person; the run keeps it up to date.
+    """
 
     def __init__(self) -> None:
         self.name = ""
-        self._previous: dict[int, Any] = {}
+        self.standing = "nothing was trained yet"
+        self._is_patient = False
+        self._within_seconds: float | None = None
 
-    def __enter__(self) -> "StopSignal":
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-            try:
-                self._previous[number] = signal.signal(number, self._remember)
-            except ValueError:  # not the main thread: the caller handles signals
-                return self
-        return self
+    @contextmanager
+    def patience(self, within_seconds: float) -> Iterator[None]:
+        """Within the block the first signal waits for the step at work, so long at most."""
+        self._is_patient, self._within_seconds = True, within_seconds
+        try:
+            yield
+        finally:
+            self._is_patient = False
 
-    def __exit__(self, *details: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
+    def until_asked(self, items: Iterable[Item]) -> Iterator[Item]:
+        """The items; raises Asked instead of the next one once the run is asked to stop."""
+        for item in items:
+            if self.name:
+                raise Asked
+            yield item
 
-    def _remember(self, number: int, frame: object) -> None:
-        if self.name:
+    def error(self) -> NibbleError:
+        """What the run ends with, once it was asked to."""
+        kind = StoppedError if self.name in ("SIGTERM", "SIGUSR1") else RunInterrupted
+        return kind(
+            f"stopped by {self.name or 'SIGINT'}; {self.standing}",
+            fix="run the same command again to continue",
+        )
+
+    def _handle(self, number: int, frame: object) -> None:
+        is_first, self.name = not self.name, signal.Signals(number).name
+        if not (is_first and self._is_patient):
             raise KeyboardInterrupt
-        self.name = signal.Signals(number).name
+        if number != signal.SIGINT and self._within_seconds is not None:
+            timer = threading.Timer(self._within_seconds, self._give_up)
+            timer.daemon = True
+            timer.start()
+
+    def _give_up(self) -> None:
+        print(f"nibble: the step took too long to finish; {self.standing}", file=sys.stderr)  # noqa: T201
+        sys.stderr.flush()
+        os._exit(StoppedError.exit_code)
+
+
+@contextmanager
+def stop_signals() -> Iterator[StopSignal]:
+    """Within the block SIGINT, SIGTERM and SIGUSR1 stop the run in order.
+
+    Raises:
+        RunInterrupted: After SIGINT.
+        StoppedError: After SIGTERM or SIGUSR1.
+    """
+    stop, previous = StopSignal(), dict[int, Any]()
+    try:
+        for number in _SIGNALS:
+            previous[number] = signal.signal(number, stop._handle)
+    except ValueError:  # not the main thread: the caller handles signals
+        previous.clear()
+    try:
+        yield stop
+    except KeyboardInterrupt:
+        raise stop.error() from None
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -94,11 +94,6 @@ def check_run(run: RunConfig) -> None:
     check_named(run)
     if not run.data.train:
         raise UsageError("data.train is not set", fix="give --data or set it in the recipe")
-    if run.train.exactness == "exact":
-        raise UsageError(
-            "train.exactness=exact is not available in this version",
-            fix="use train.exactness=default",
-        )
 
 
 def check_named(run: RunConfig) -> None:

@@ -1,7 +1,7 @@
 """AdamW over one flat state, and the course of the learning rate."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Literal
@@ -13,6 +13,8 @@ from nibble.config import OptimConfig
 from nibble.train.paging import PAGE_BYTES_PER_BIT, PagedMoments, ResidentMoments
 from nibble.train.state8bit import MomentFormat, Moments8, Moments32
 
+# Name -> type and shape of a stored tensor.
+Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 _STRETCH = 2**16
 
 
@@ -139,17 +141,55 @@ class AdamW:
         self._flat.clear()
         del self.moments
 
-    def state(self) -> dict[str, Tensor]:
-        """The tensors that a resumed run needs, by name; only paged moments are copied."""
-        values = {f"group{index}.value": flat.value for index, flat in enumerate(self._flat)}
-        return {**values, **self.moments.state()}
+    def state_pieces(self) -> dict[str, list[Tensor]]:
+        """The flat tensors that a resumed run needs, by name, in pieces; nothing is copied."""
+        values = {f"group{index}.value": [flat.value] for index, flat in enumerate(self._flat)}
+        return {**values, **self.moments.pieces()}
 
-    def load_state(self, tensors: dict[str, Tensor], *, num_steps: int) -> None:
-        """Restore what `state` gave; the parameters included."""
+    def layout(self, names: Iterable[str]) -> Layout:
+        """What `load_state` takes of a state with these names: moments of 8 or of 32 bits."""
+        layout: Layout = {}
+        for group, flat in enumerate(self._flat):
+            layout[f"group{group}.value"] = flat.value.dtype, (flat.value.numel(),)
+            for part in self._format_of(names).parts:
+                layout[f"group{group}.{part.name}"] = part.dtype, (part.count(flat.value.numel()),)
+        return layout
+
+    def load_state(self, tensors: Mapping[str, Tensor], *, num_steps: int) -> None:
+        """Restore the parameters and moments of `state_pieces`, joined.
+
+        Moments that are stored in another number of bits are converted.
+        """
         self.num_steps = num_steps
         for index, flat in enumerate(self._flat):
             flat.value.copy_(tensors[f"group{index}.value"])
+        stored = self._format_of(tensors)
+        if stored.parts != self._format.parts:
+            tensors = {
+                f"group{group}.{name}": part
+                for group, flat in enumerate(self._flat)
+                for name, part in self._converted(tensors, f"group{group}.", flat, stored).items()
+            }
         self.moments.load(tensors)
+
+    def _format_of(self, names: Iterable[str]) -> MomentFormat:
+        """The format of a state with these names."""
+        if any(name.endswith(f".{part.name}") for name in names for part in self._format.parts):
+            return self._format
+        is_8bit = isinstance(self._format, Moments8)
+        return Moments32() if is_8bit else Moments8(torch.device("cpu"))
+
+    def _converted(
+        self, tensors: Mapping[str, Tensor], prefix: str, flat: "_FlatGroup", stored: MomentFormat
+    ) -> dict[str, Tensor]:
+        parts = {part.name: tensors[f"{prefix}{part.name}"].cpu() for part in stored.parts}
+        exp_avg, exp_avg_sq = stored.decode(parts)
+        num_values, wanted = flat.value.numel(), self._format.parts
+        new = {part.name: torch.zeros(part.count(num_values), dtype=part.dtype) for part in wanted}
+        if isinstance(self._format, Moments8):
+            Moments8(torch.device("cpu")).encode(exp_avg, exp_avg_sq, new)
+            return new
+        return {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
 
 
 def build_optimizer(model: nn.Module, optim: OptimConfig) -> AdamW:

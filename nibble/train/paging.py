@@ -81,17 +81,17 @@ class ResidentMoments:
             tensors = self._tensors[page.group]
             yield page, {p.name: tensors[p.name][p.of(page.values)] for p in self._parts}
 
-    def state(self) -> dict[str, Tensor]:
-        """Every part by name; not copied."""
+    def pieces(self) -> dict[str, list[Tensor]]:
+        """Every part by name, in one piece; not copied."""
         return {
-            f"group{group}.{name}": tensor
+            f"group{group}.{name}": [tensor]
             for group, tensors in enumerate(self._tensors)
             for name, tensor in tensors.items()
         }
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over what `state` gave."""
-        for name, tensor in self.state().items():
+        """Take over parts by their names, whole."""
+        for name, (tensor,) in self.pieces().items():
             tensor.copy_(tensors[name])
 
 
@@ -168,17 +168,17 @@ class PagedMoments:
             self.pages_out += 1
             self.bytes_moved += self._stored[index].nbytes
 
-    def state(self) -> dict[str, Tensor]:
-        """Every part by name, as `ResidentMoments` gives it but copied to host memory."""
+    def pieces(self) -> dict[str, list[Tensor]]:
+        """Every part by name, a piece a page; not copied."""
         self._copies.synchronize()
         pieces: dict[str, list[Tensor]] = {}
         for index, page in enumerate(self._pages):
-            for name, tensor in self._parts_of(index, self._stored[index].cpu()).items():
+            for name, tensor in self._parts_of(index, self._stored[index]).items():
                 pieces.setdefault(f"group{page.group}.{name}", []).append(tensor)
-        return {name: torch.cat(tensors) for name, tensors in pieces.items()}
+        return pieces
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over what `state` gave."""
+        """Take over parts by their names, whole."""
         self._copies.synchronize()
         for index, page in enumerate(self._pages):
             stored = self._parts_of(index, self._stored[index])

@@ -1,23 +1,19 @@
 """train(run, emit): build, loop, finish."""
 
-import hashlib
-import json
-import math
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.utils.logging import disable_progress_bar
 
-from nibble.adapter.format import write_adapter
 from nibble.config import RunConfig, interval_seconds
 from nibble.data.dataset import Dataset
 from nibble.data.loader import eval_batches
-from nibble.errors import RunInterrupted, StoppedError, UsageError
+from nibble.disk import disk_errors, fault, file_sha256
+from nibble.errors import NonFiniteError, UsageError
 from nibble.events import (
     CheckpointSaved,
     Emit,
@@ -29,43 +25,49 @@ from nibble.events import (
     RunEnd,
     RunStart,
     StepEnd,
+    WarningRaised,
+    last_attempts,
     read_events,
 )
 from nibble.train import checkpoint, folder, history
-from nibble.train.card import run_card
 from nibble.train.checkpoint import TrainState
 from nibble.train.evaluate import EVAL_TOKENS, evaluate
-from nibble.train.interrupt import StopSignal
+from nibble.train.exact import check_environment, exactness, take_threads
+from nibble.train.interrupt import Asked, StopSignal, stop_signals
 from nibble.train.job import Job, build_job, check_run, open_keys
-from nibble.train.manifest import write_manifest
+from nibble.train.manifest import environment, identity_of, read_manifest, write_manifest
 from nibble.train.memory import available_bytes, keep_heap_dense
+from nibble.train.nonfinite import write_report
 from nibble.train.optimizer import learning_rate
 from nibble.train.paging import PagedMoments
 from nibble.train.pressure import out_of_memory_named, rehearse, step_within_memory
+from nibble.train.report import Reporter
+from nibble.train.result import Result, read_result, write_result
+from nibble.train.resume import find_state
 
 # Up to this share of the free memory the holes of the heap fit beside the tensors.
 ROOMY_SHARE = 0.4
 
 
-@dataclass(frozen=True)
-class Result:
-    """What a finished run leaves.
+@dataclass
+class Course:
+    """A run on its way.
 
     Args:
-        out: The run folder.
-        adapter: The adapter folder; of a full fine-tune, the folder of the whole model.
-        final_loss: Training loss of the last step, in nats per target token.
-        eval_loss: Held-out loss after training; None without held-out data.
-        peak_memory_bytes: See `PeakMemory`.
-        tokens_per_s: Tokens trained over the time of the steps.
+        job: What it is made of.
+        state: Where it stands.
+        identity: What must not change while it is continued.
+        stop: What was asked of it meanwhile.
+        report: Where its events go.
+        resumed_from: The step whose checkpoint it went on from.
     """
 
-    out: Path
-    adapter: Path
-    final_loss: float
-    eval_loss: float | None
-    peak_memory_bytes: int
-    tokens_per_s: float
+    job: Job
+    state: TrainState
+    identity: dict[str, str]
+    stop: StopSignal
+    report: Reporter
+    resumed_from: int | None
 
 
 def train(
@@ -74,14 +76,16 @@ def train(
     *,
     plan: Mapping[str, Any] | None = None,
     dataset: Dataset | None = None,
+    allow_change: Collection[str] = (),
 ) -> Result:
-    """Train as `run` says, or continue what stands in its folder.
+    """Train as `run` says, or continue what stands in its folder, which the caller holds.
 
     Args:
         run: Concrete values; `nibble.train` resolves `auto` first.
         emit: Receives every event, in order.
         plan: What was planned, as `Plan.to_dict` gives it; recorded in the run folder.
         dataset: The rows where they were read already.
+        allow_change: What may have changed since the run began: see `identity_of`.
 
     Raises:
         NibbleError: One of its kinds, each with an exit code; see `nibble.errors`.
@@ -89,32 +93,45 @@ def train(
     check_run(run)
     if open_keys(run):
         raise UsageError(f"{', '.join(open_keys(run))}: auto must be planned first")
-    with folder.run_folder(run) as out:
-        if folder.is_finished(out):
-            return _result_of(out)
-        log, table = EventLog(out / folder.EVENTS_FILE), MetricsTable(out / folder.METRICS_FILE)
+    out = folder.folder_of(run)
+    with disk_errors(f"{out}: a file cannot be read or written"):
+        changed = folder.enter(run, allow_change)
+        if folder.is_finished(out) and not changed:
+            return read_result(out)
+        predicted = folder.record_plan(out, plan)
+        if run.train.exactness == "exact":
+            take_threads(read_manifest(out)[1])
+        with closing(EventLog(out / folder.EVENTS_FILE)) as log:
+            report = Reporter(log, emit)
+            with report.end_told():
+                _train(run, report, predicted, dataset, allow_change)
+        return read_result(out)
 
-        def emit_all(event: Any) -> None:
-            for receive in (log, table, emit):
-                receive(event)
 
-        try:
-            predicted = folder.record_plan(out, plan)
-            has_room = _has_room(predicted)
-            is_dense = bool(predicted) and not has_room and keep_heap_dense()
-            with out_of_memory_named(run, predicted), StopSignal() as stop:
-                emit_all(PlanMade(_planned(run), list(predicted.get("reasons", ()))))
-                job = build_job(run, out, emit_all, dataset)
-                state = _restore(job, emit_all)
-                is_whole = state.step == 0
-                _fit(job, state, stop, emit_all, has_room=has_room)
-                _finish(job, state, emit_all)
-            if predicted:
-                has_no_holes = is_dense or job.device.type == "cuda"
-                _remember(job, predicted, is_comparable=is_whole and has_no_holes)
-        finally:
-            log.close()
-        return _result_of(out)
+def _train(
+    run: RunConfig,
+    report: Reporter,
+    predicted: Mapping[str, Any],
+    dataset: Dataset | None,
+    allow_change: Collection[str],
+) -> None:
+    has_room = _has_room(predicted)
+    is_dense = bool(predicted) and not has_room and keep_heap_dense()
+    with (
+        stop_signals() as stop,
+        out_of_memory_named(run, predicted),
+        exactness(run.train.exactness),
+    ):
+        report(PlanMade(_planned(run), list(predicted.get("reasons", ()))))
+        job = build_job(run, folder.folder_of(run), report, dataset)
+        state, identity = _restore(job, report, allow_change)
+        course = Course(job, state, identity, stop, report, state.step or None)
+        is_whole = state.step == 0
+        _fit(course, has_room=has_room)
+        _finish(course)
+    if predicted:
+        has_no_holes = is_dense or job.device.type == "cuda"
+        _remember(job, predicted, is_comparable=is_whole and has_no_holes)
 
 
 def _has_room(plan: Mapping[str, Any]) -> bool:
@@ -123,16 +140,32 @@ def _has_room(plan: Mapping[str, Any]) -> bool:
     return bool(plan) and plan["peak_memory_bytes"] <= ROOMY_SHARE * available_bytes(device)
 
 
-def _restore(job: Job, emit: Emit) -> TrainState:
-    """The state to go on from, after saying that the run starts."""
-    state = checkpoint.restore(_checkpoints(job), job.optimizer, identity=_identity(job.run))
-    state = state or TrainState()
-    folder.forget_metrics_after(job.out, state.step if state.step else -1)
-    write_manifest(job.out, job.run)
-    emit(
+def _restore(
+    job: Job, report: Reporter, allow_change: Collection[str]
+) -> tuple[TrainState, dict[str, str]]:
+    """The state to go on from and the identity of the run, after saying that it starts."""
+    run, now = job.run, environment()
+    identity = identity_of(run, job.tokenizer, job.dataset)
+    checkpoints = job.out / folder.CHECKPOINTS
+    checkpoint.check_room(job.out, job.optimizer)
+    state = find_state(
+        checkpoints, job.optimizer, identity=identity, allow_change=allow_change, emit=report
+    )
+    if state.step:
+        warning = check_environment(run.train.exactness, read_manifest(job.out)[1], now)
+        if warning:
+            report(WarningRaised(warning))
+        if "train.micro_batch_size" not in allow_change:
+            job.loader.micro_batch_size = state.micro_batch_size
+    write_manifest(job.out, identity, now)
+    past = read_events(job.out / folder.EVENTS_FILE)
+    standing = last_attempts(past, state.step) if state.step else []
+    report.seconds, report.tokens = state.seconds, state.tokens
+    report.table = MetricsTable(job.out / folder.METRICS_FILE, standing)
+    report(
         RunStart(
-            method=job.run.method,
-            model=job.run.model.name,
+            method=run.method,
+            model=run.model.name,
             device=str(job.device),
             steps=job.steps,
             steps_done=state.step,
@@ -142,66 +175,106 @@ def _restore(job: Job, emit: Emit) -> TrainState:
             num_threads=torch.get_num_threads(),
         )
     )
-    if state.step == 0:
-        _evaluate(job, 0, emit)
-    return state
+    return state, identity
 
 
-def _fit(job: Job, state: TrainState, stop: StopSignal, emit: Emit, *, has_room: bool) -> None:
-    run = job.run
+def _fit(course: Course, *, has_room: bool) -> None:
+    job, state, stop = course.job, course.state, course.stop
+    within = interval_seconds(job.run.train.stop_within, "train.stop_within")
     job.model.train()
+    if state.step == 0:
+        _evaluate(course)
     if not has_room:
-        rehearse(job.token_loss, job.loader, job.steps, job.optimizer, emit=emit)
+        rehearse(job.token_loss, job.loader, job.steps, job.optimizer, emit=course.report)
     saved_at = time.monotonic()
+    if state.step:
+        stop.standing = f"step {state.step} of {job.steps} is saved"
+        if state.is_eval_due and _evaluate(course) and state.is_best:
+            _save(course)
     while state.step < job.steps:
-        lr = learning_rate(
-            state.step,
-            steps=job.steps,
-            peak=run.optim.lr,
-            warmup=run.optim.warmup,
-            schedule=run.optim.schedule,
+        with _nonfinite_reported(course), stop.patience(within):
+            _step(course)
+            if state.is_eval_due:
+                _evaluate(course)
+            is_due = state.is_best or _must_save(job.run.train.save_every, state.step, saved_at)
+            if state.step == job.steps or stop.name or is_due:
+                _save(course)
+                saved_at = time.monotonic()
+        if stop.name and state.step < job.steps:
+            raise stop.error()
+
+
+def _step(course: Course) -> None:
+    """One optimizer step; what the state says afterwards can be saved."""
+    job, state, optim = course.job, course.state, course.job.run.optim
+    lr = learning_rate(
+        state.step,
+        steps=job.steps,
+        peak=optim.lr,
+        warmup=optim.warmup,
+        schedule=optim.schedule,
+    )
+    start = time.monotonic()
+    result = step_within_memory(
+        job.token_loss,
+        job.loader,
+        state.step,
+        job.optimizer,
+        lr=lr,
+        max_grad_norm=optim.max_grad_norm,
+        emit=course.report,
+    )
+    seconds = time.monotonic() - start
+    state.step += 1
+    state.tokens += result.tokens
+    state.seconds += seconds
+    state.micro_batch_size = job.loader.micro_batch_size
+    state.eval_loss = None
+    is_due = _is_due(job.run.train.eval_every, state.step) and state.step < job.steps
+    state.is_eval_due = is_due and bool(job.dataset.eval)
+    fault("train.after_step")
+    course.report(
+        StepEnd(
+            step=state.step,
+            loss=result.loss,
+            num_target_tokens=result.num_target_tokens,
+            tokens=result.tokens,
+            learning_rate=lr,
+            grad_norm=result.grad_norm,
+            seconds=seconds,
+            tokens_per_s=result.tokens / max(seconds, 1e-9),
+            peak_memory_bytes=job.peak.bytes(),
         )
-        start = time.monotonic()
-        result = step_within_memory(
+    )
+
+
+@contextmanager
+def _nonfinite_reported(course: Course) -> Iterator[None]:
+    """An error that leaves the block names the file that says which rows and modules it is of."""
+    job, step = course.job, course.state.step
+    try:
+        yield
+    except NonFiniteError as error:
+        path = write_report(
+            job.out,
+            job.model,
             job.token_loss,
-            job.loader,
-            state.step,
-            job.optimizer,
-            lr=lr,
-            max_grad_norm=run.optim.max_grad_norm,
-            emit=emit,
+            job.loader.micro_batches(step),
+            step=step + 1,
+            reason=error.what,
         )
-        seconds = time.monotonic() - start
-        state.step += 1
-        state.tokens += result.tokens
-        state.seconds += seconds
-        emit(
-            StepEnd(
-                step=state.step,
-                loss=result.loss,
-                num_target_tokens=result.num_target_tokens,
-                tokens=result.tokens,
-                learning_rate=lr,
-                grad_norm=result.grad_norm,
-                seconds=seconds,
-                tokens_per_s=result.tokens / max(seconds, 1e-9),
-                peak_memory_bytes=job.peak.bytes(),
-            )
-        )
-        if _is_due(run.train.eval_every, state.step) and state.step < job.steps:
-            _evaluate(job, state.step, emit)
-        is_last = state.step == job.steps
-        if is_last or stop.name or _must_save(run.train.save_every, state.step, saved_at):
-            _save(job, state, emit)
-            saved_at = time.monotonic()
-        if stop.name and not is_last:
-            _stop(job, state, stop.name, emit)
+        raise NonFiniteError(
+            f"step {step + 1}: {error.what} ({path} has more)", fix=error.fix
+        ) from None
 
 
-def _finish(job: Job, state: TrainState, emit: Emit) -> None:
-    last = _evaluate(job, state.step, emit)
-    adapter = _write_result(job, state, last)
-    emit(
+def _finish(course: Course) -> None:
+    job, state, report = course.job, course.state, course.report
+    fault("train.before_finish")
+    course.stop.standing = f"all {job.steps} steps are saved"
+    adapter = write_result(job, state, _evaluate(course))
+    weights = sorted(adapter.glob("*.safetensors"))
+    report(
         RunEnd(
             reason=folder.FINISHED,
             seconds=state.seconds,
@@ -209,9 +282,11 @@ def _finish(job: Job, state: TrainState, emit: Emit) -> None:
             peak_memory_bytes=job.peak.bytes(),
             predicted_peak_memory_bytes=folder.read_plan(job.out).get("peak_memory_bytes"),
             adapter=str(adapter),
-            adapter_bytes=sum(p.stat().st_size for p in adapter.glob("*.safetensors")),
+            adapter_bytes=sum(path.stat().st_size for path in weights),
+            adapter_sha256={path.name: file_sha256(path) for path in weights},
         )
     )
+    report.log.sync()
 
 
 def _remember(job: Job, plan: Mapping[str, Any], *, is_comparable: bool) -> None:
@@ -227,47 +302,49 @@ def _remember(job: Job, plan: Mapping[str, Any], *, is_comparable: bool) -> None
     )
 
 
-def _write_result(job: Job, state: TrainState, last: EvalEnd | None) -> Path:
-    run = job.run
-    if run.method == "full":
-        target = job.out / "model"
-        # The last checkpoint stands: what it holds need not stay beside the copy in 16 bits.
-        job.optimizer.release()
-        disable_progress_bar()
-        job.model.to(torch.bfloat16).save_pretrained(target)
-        job.tokenizer.save_pretrained(target)
-        return target
-    return write_adapter(
-        job.model,
-        job.out / "adapter",
-        tokenizer=job.tokenizer,
-        base=run.model.name,
-        revision=run.model.revision,
-        card=run_card(run, state, last),
-    )
+def _evaluate(course: Course) -> EvalEnd | None:
+    """Measure the held-out loss where the run stands.
 
-
-def _evaluate(job: Job, step: int, emit: Emit) -> EvalEnd | None:
-    if not job.dataset.eval:
+    A run that is asked to stop meanwhile measures it when it is continued.
+    """
+    job, state, stop = course.job, course.state, course.stop
+    if not job.dataset.eval or stop.name:
         return None
-    end = evaluate(
-        job.model,
-        eval_batches(job.dataset.eval, max_tokens=EVAL_TOKENS),
-        step=step,
-        autocast=job.autocast,
-        device=job.device,
-    )
-    emit(end)
+    batches = eval_batches(job.dataset.eval, max_tokens=EVAL_TOKENS)
+    try:
+        end = evaluate(
+            job.model,
+            stop.until_asked(batches),
+            step=state.step,
+            autocast=job.autocast,
+            device=job.device,
+        )
+    except Asked:
+        return None
+    course.report(end)
+    best = end.loss if state.best_eval_loss is None else state.best_eval_loss
+    state.eval_loss, state.best_eval_loss = end.loss, min(end.loss, best)
+    state.is_eval_due = False
     return end
 
 
-def _save(job: Job, state: TrainState, emit: Emit) -> None:
+def _save(course: Course) -> None:
+    job, state, report = course.job, course.state, course.report
     start = time.monotonic()
-    saved = checkpoint.save(_checkpoints(job), state, job.optimizer, identity=_identity(job.run))
-    emit(CheckpointSaved(state.step, str(saved), time.monotonic() - start))
+    # What stands in the checkpoint stands in the log as well, whatever happens.
+    report.log.sync()
+    saved = checkpoint.save(
+        job.out / folder.CHECKPOINTS,
+        state,
+        job.optimizer,
+        identity=course.identity,
+        resumed_from=course.resumed_from,
+    )
+    course.stop.standing = f"step {state.step} of {job.steps} is saved"
+    report(CheckpointSaved(state.step, str(saved), time.monotonic() - start))
     moments = job.optimizer.moments
     if isinstance(moments, PagedMoments):
-        emit(
+        report(
             PagesMoved(
                 state.step,
                 pages_in=moments.pages_in,
@@ -278,49 +355,8 @@ def _save(job: Job, state: TrainState, emit: Emit) -> None:
         )
 
 
-def _stop(job: Job, state: TrainState, signal_name: str, emit: Emit) -> None:
-    """Say why the run ends here; its checkpoint stands already."""
-    emit(RunEnd(f"stopped by {signal_name}", state.seconds, state.tokens, job.peak.bytes()))
-    kind = RunInterrupted if signal_name == "SIGINT" else StoppedError
-    raise kind(
-        f"stopped by {signal_name} after step {state.step} of {job.steps}; it is saved",
-        fix=f"run the same command again to continue ({job.out})",
-    )
-
-
-def _result_of(out: Path) -> Result:
-    """Read the result off the event log."""
-    final_loss, eval_loss, tokens, seconds = math.nan, None, 0, 0.0
-    for event in read_events(out / folder.EVENTS_FILE):
-        if isinstance(event, StepEnd):
-            final_loss = event.loss
-        elif isinstance(event, EvalEnd):
-            eval_loss = event.loss
-    end = folder.last_end(out)
-    if end is not None:
-        tokens, seconds = end.tokens, end.seconds
-    return Result(
-        out=out,
-        adapter=Path(end.adapter) if end else out / "adapter",
-        final_loss=final_loss,
-        eval_loss=eval_loss,
-        peak_memory_bytes=end.peak_memory_bytes if end else 0,
-        tokens_per_s=tokens / max(seconds, 1e-9),
-    )
-
-
 def _planned(run: RunConfig) -> dict[str, Any]:
     return {k: v for k, v in run.flat().items() if run.origin(k) == "planner"}
-
-
-def _identity(run: RunConfig) -> str:
-    """A digest of every value that decides the course of a run."""
-    values = {key: value for key, value in run.flat().items() if key != "out"}
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
-
-
-def _checkpoints(job: Job) -> Path:
-    return job.out / folder.CHECKPOINTS
 
 
 def _is_due(every: int | None, step: int) -> bool:

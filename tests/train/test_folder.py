@@ -1,9 +1,12 @@
 """Whose folder it is."""
 
+from contextlib import closing
+
 import pytest
 
 from nibble.config import load_config
 from nibble.errors import FolderInUseError
+from nibble.events import EventLog, RunEnd, RunStart
 from nibble.train import folder
 
 
@@ -11,63 +14,97 @@ def _run(path, *more):
     return load_config(None, [f"out={path}", "model.name=m", *more])
 
 
+def _enter(run, **more):
+    with folder.hold(folder.folder_of(run)):
+        return folder.enter(run, **more)
+
+
 def test_run_file_is_a_recipe_with_origins(tmp_path):
     run = _run(tmp_path / "a", "optim.lr=1e-5", "lora.target=[q_proj, v_proj]")
     run = run.with_values({"method": "lora"}, "planner")
-    with folder.run_folder(run) as out:
-        pass
-    assert "  lr: 1e-05  # flag" in (out / "run.yaml").read_text()
-    read = folder.read_run(out)
+    assert _enter(run) == {}
+    text = (tmp_path / "a" / "run.yaml").read_text()
+    assert "  lr: 1e-05  # flag" in text
+    read = folder.read_run(tmp_path / "a")
     assert read.flat() == run.flat()
     assert (read.origin("method"), read.origin("lora.rank")) == ("planner", "default")
-    assert load_config(out / "run.yaml").flat() == run.flat()
+    assert load_config(tmp_path / "a" / "run.yaml").flat() == run.flat()
 
 
 def test_something_else_in_the_folder(tmp_path):
     (tmp_path / "thesis.txt").write_text("precious")
     with (
         pytest.raises(FolderInUseError, match=r"holds something else \(thesis.txt\)"),
-        folder.run_folder(_run(tmp_path)),
+        folder.hold(tmp_path),
     ):
         pass
     assert (tmp_path / "thesis.txt").read_text() == "precious"
+    with pytest.raises(FolderInUseError, match="is a file"), folder.hold(tmp_path / "thesis.txt"):
+        pass
+
+
+def test_a_run_that_died_while_it_wrote_its_first_file(tmp_path):
+    (tmp_path / ".run.yaml.tmp").write_text("mod")
+    assert _enter(_run(tmp_path)) == {}
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "run.yaml"]
 
 
 def test_another_config_in_the_folder(tmp_path):
-    with folder.run_folder(_run(tmp_path / "a")) as out:
-        (out / "checkpoints").mkdir()
-    with (
-        pytest.raises(FolderInUseError, match=r"lora\.rank: 16 -> 8"),
-        folder.run_folder(_run(tmp_path / "a", "lora.rank=8")),
-    ):
-        pass
+    _enter(_run(tmp_path / "a"))
+    (tmp_path / "a" / "checkpoints").mkdir()
+    other = _run(tmp_path / "a", "lora.rank=8", "optim.lr=1e-5")
+    with pytest.raises(FolderInUseError, match=r"lora\.rank: 16 -> 8, optim\.lr: 0.0002 -> 1e-05"):
+        _enter(other)
+    with pytest.raises(FolderInUseError, match=r"--allow-change optim\.lr"):
+        _enter(other, allow_change=["lora.rank"])
+    assert folder.read_run(tmp_path / "a").lora.rank == 16
+    changed = _enter(other, allow_change=["lora.rank", "optim.lr"])
+    assert changed == {"lora.rank": (16, 8), "optim.lr": (2e-4, 1e-5)}
+    assert folder.read_run(tmp_path / "a").lora.rank == 8
 
 
 def test_a_run_that_never_saved_can_be_corrected(tmp_path):
-    with folder.run_folder(_run(tmp_path / "a", "data.train=typo.jsonl")):
-        pass
+    _enter(_run(tmp_path / "a", "data.train=typo.jsonl"))
     right = _run(tmp_path / "a", "data.train=right.jsonl")
-    with folder.run_folder(right) as out:
-        assert folder.read_run(out).flat() == right.flat()
+    assert list(_enter(right)) == ["data.train"]
+    assert folder.read_run(tmp_path / "a").flat() == right.flat()
 
 
 def test_two_runs_in_one_folder(tmp_path):
-    run = _run(tmp_path / "a")
     with (
-        folder.run_folder(run),
+        folder.hold(tmp_path / "a"),
         pytest.raises(FolderInUseError, match="in use by process"),
-        folder.run_folder(run),
+        folder.hold(tmp_path / "a"),
     ):
         pass
+
+
+def test_finished_is_what_the_last_attempt_says(tmp_path):
+    end = RunEnd("finished", 1.0, 2, 3, adapter="a")
+    start = RunStart("lora", "m", "cpu", 3, 0, 1, 0, {}, 1)
+    stopped = RunEnd("stopped by SIGTERM", 1.0, 2, 3)
+    assert folder.last_end(tmp_path) is None
+    for events, is_finished in [
+        ([start], False),
+        ([start, end], True),
+        ([start, stopped], False),
+        ([start, end, start], False),
+        ([start, stopped, start, end], True),
+    ]:
+        (tmp_path / folder.EVENTS_FILE).unlink(missing_ok=True)
+        with closing(EventLog(tmp_path / folder.EVENTS_FILE)) as log:
+            for event in events:
+                log(event)
+        assert folder.is_finished(tmp_path) is is_finished
+    assert folder.last_end(tmp_path) == end
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", '{"device": 1}', '{"reasons": []}'])
+def test_a_plan_that_says_nothing_is_none(tmp_path, content):
+    (tmp_path / folder.PLAN_FILE).write_text(content)
+    assert folder.read_plan(tmp_path) == {}
 
 
 def test_default_folder():
     run = load_config(None, ["model.name=meta/Llama-3", "method=qlora"])
     assert str(folder.folder_of(run)) == "runs/Llama-3-qlora"
-
-
-def test_metrics_of_repeated_steps_are_dropped(tmp_path):
-    header = ",".join(folder.METRICS_COLUMNS)
-    (tmp_path / "metrics.csv").write_text(f"{header}\n0,,,,,,,3\n1,2,,,,,,\n2,1,,,,,,\n")
-    folder.forget_metrics_after(tmp_path, 1)
-    assert (tmp_path / "metrics.csv").read_text() == f"{header}\n0,,,,,,,3\n1,2,,,,,,\n"

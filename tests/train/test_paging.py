@@ -16,7 +16,7 @@ from nibble.kernels.target import planned_device
 from nibble.model.adapt import adapt
 from nibble.model.load import load_base
 from nibble.train import paging
-from nibble.train.checkpoint import TrainState, restore, save
+from nibble.train.checkpoint import TrainState, latest, restore, save
 from nibble.train.loss import token_loss
 from nibble.train.optimizer import AdamW, ParameterGroup, parameter_groups
 from nibble.train.paging import PagedMoments, count_bytes, cut_pages
@@ -25,6 +25,10 @@ from nibble.train.step import train_step
 
 PAGE_BYTES = {32: 2048 * 2, 8: 520 * 2}
 SHAPES = (((3, 300), (7,), (511,)), ((1030,), (2, 2)))
+
+
+def _joined(pieces):
+    return {name: torch.cat(parts) for name, parts in pieces.items()}
 
 
 class LateCopies:
@@ -88,7 +92,9 @@ def test_same_bits_as_unpaged(monkeypatch, bits, dtype, copies):
     monkeypatch.setattr(paging, "SideCopies", copies)
     options = {"bits": bits, "page_bytes": PAGE_BYTES[bits], "dtype": dtype}
     paged = _train(_optimizer(is_paged=True, **options), 0, 200)
-    _assert_equal(paged.state(), _train(_optimizer(**options), 0, 200).state())
+    _assert_equal(
+        _joined(paged.state_pieces()), _joined(_train(_optimizer(**options), 0, 200).state_pieces())
+    )
     sizes = [1418, 1034]
     num_pages = sum(-(-size // 512) for size in sizes)
     num_bytes = sum(count_bytes(paged._format.parts, size) for size in sizes)
@@ -105,7 +111,9 @@ def test_budget_bounds_what_is_on_the_device(bits, budget_in_pages):
     options = {"bits": bits, "page_bytes": page_bytes}
     budget = budget_in_pages * page_bytes
     paged = _train(_optimizer(is_paged=True, budget_bytes=budget, **options), 0, 3)
-    _assert_equal(paged.state(), _train(_optimizer(**options), 0, 3).state())
+    _assert_equal(
+        _joined(paged.state_pieces()), _joined(_train(_optimizer(**options), 0, 3).state_pieces())
+    )
     assert paged.moments.device_bytes <= budget
     num_moving = 0 if budget_in_pages >= 6 else 6 - (budget_in_pages - 2)
     assert paged.moments.pages_in == 3 * num_moving
@@ -120,9 +128,14 @@ def test_checkpoints_are_interchangeable_and_exact(bits, first):
 
     half = _train(make(first), 0, 10)
     other = make(not first)
-    other.load_state({k: v.clone() for k, v in half.state().items()}, num_steps=half.num_steps)
-    _assert_equal(half.state(), other.state())
-    _assert_equal(_train(other, 10, 20).state(), _train(make(first), 0, 20).state())
+    other.load_state(
+        {k: v.clone() for k, v in _joined(half.state_pieces()).items()}, num_steps=half.num_steps
+    )
+    _assert_equal(_joined(half.state_pieces()), _joined(other.state_pieces()))
+    _assert_equal(
+        _joined(_train(other, 10, 20).state_pieces()),
+        _joined(_train(make(first), 0, 20).state_pieces()),
+    )
 
 
 @settings(deadline=None)
@@ -175,15 +188,18 @@ def test_a_model_trains_the_same_way_and_resumes_the_other_way(tiny_model_folder
     runs = {is_paged: make(is_paged) for is_paged in (False, True)}
     for is_paged, (model, optimizer) in runs.items():
         train(model, optimizer, 0, 100)
-        save(tmp_path / str(is_paged), TrainState(100), optimizer, identity="")
+        save(tmp_path / str(is_paged), TrainState(100), optimizer, identity={})
         train(model, optimizer, 100, 200)
     paged = runs[True][1].moments
     assert paged.pages_out == paged.pages_in == 200 * len(paged._pages)
     assert len(paged._pages) > 10
-    expected = {name: value.clone() for name, value in runs[False][1].state().items()}
-    _assert_equal(runs[True][1].state(), expected)
+    expected = {
+        name: value.clone() for name, value in _joined(runs[False][1].state_pieces()).items()
+    }
+    _assert_equal(_joined(runs[True][1].state_pieces()), expected)
     for is_paged in runs:
         model, optimizer = make(is_paged)
-        assert restore(tmp_path / str(not is_paged), optimizer, identity="") == TrainState(100)
+        found, _ = latest(tmp_path / str(not is_paged))
+        assert restore(found, optimizer) == TrainState(100)
         train(model, optimizer, 100, 200)
-        _assert_equal(optimizer.state(), expected)
+        _assert_equal(_joined(optimizer.state_pieces()), expected)

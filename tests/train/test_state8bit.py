@@ -26,6 +26,10 @@ seeds = st.integers(0, 2**31)
 decades = st.integers(-30, 30)
 
 
+def _joined(pieces):
+    return {name: torch.cat(parts) for name, parts in pieces.items()}
+
+
 def _values(size, seed, decade, is_signed):
     """Magnitudes over eight decades below 10^decade."""
     generator = torch.Generator().manual_seed(seed)
@@ -112,7 +116,7 @@ def test_the_table_of_cells_agrees_with_a_search(map):
 def test_bytes_per_value():
     parameter = nn.Parameter(torch.zeros(100 * BLOCK_SIZE))
     for bits, expected in ((32, 8.0), (8, 2 + 8 / 256)):
-        state = AdamW([ParameterGroup((parameter,))], bits=bits).moments.state()
+        state = _joined(AdamW([ParameterGroup((parameter,))], bits=bits).moments.pieces())
         measured = sum(tensor.nbytes for tensor in state.values()) / parameter.numel()
         assert measured == expected
         format = Moments8(CPU) if bits == 8 else Moments32()

@@ -1,0 +1,81 @@
+"""train.exactness=exact: the same bits again, or an error.
+
+Deterministic operations only; what has no deterministic way is refused by torch, and never replaced
+in silence. Sums depend on the number of threads: a run that is continued takes the number it began
+with. The same inputs, seeds, versions, number of threads and kind of processor give the same bits.
+"""
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+
+from nibble.errors import UnavailableError
+from nibble.train.manifest import differences
+
+# Source: https://docs.nvidia.com/cuda/cublas, section "Results reproducibility".
+_CUBLAS = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+_TORCH_SAYS = "deterministic"
+LEVELS = {
+    "exact": "exact: the same inputs, versions, threads and processor give the same bits",
+    "default": "default: fast; on a CPU with the same threads the same bits, on a GPU nearly",
+}
+
+
+@contextmanager
+def exactness(level: str) -> Iterator[None]:
+    """Within the block, torch takes deterministic ways only if the level is "exact".
+
+    Raises:
+        UnavailableError: If an operation has none.
+    """
+    if level != "exact":
+        yield
+        return
+    for name, value in _CUBLAS.items():
+        os.environ.setdefault(name, value)
+    was_deterministic = torch.are_deterministic_algorithms_enabled()
+    benchmark = torch.backends.cudnn.benchmark
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    except RuntimeError as error:
+        if _TORCH_SAYS not in str(error):
+            raise
+        raise UnavailableError(
+            f"train.exactness=exact: {str(error).splitlines()[0]}",
+            fix="use train.exactness=default, or a device whose operations are deterministic",
+        ) from None
+    finally:
+        torch.use_deterministic_algorithms(was_deterministic)
+        torch.backends.cudnn.benchmark = benchmark
+
+
+def take_threads(began_with: Mapping[str, str]) -> None:
+    """Compute with as many threads as a run began with."""
+    threads = began_with.get("threads", "")
+    if threads.isdigit() and int(threads) > 0:
+        torch.set_num_threads(int(threads))
+
+
+def check_environment(level: str, began_with: dict[str, str], now: dict[str, str]) -> str:
+    """A sentence on what is not as it was when the run began, or nothing.
+
+    Raises:
+        UnavailableError: If there is such a thing and the level is "exact".
+    """
+    changed = differences(began_with, now) if began_with else {}
+    if not changed:
+        return ""
+    listed = ", ".join(f"{name}: {old} -> {new}" for name, (old, new) in changed.items())
+    if level == "exact":
+        raise UnavailableError(
+            f"train.exactness=exact: the environment is not that of the run ({listed})",
+            fix="bring it back, or start a run with train.exactness=default in another folder",
+        )
+    return (
+        f"the environment is not that in which the run began ({listed}): what follows may differ "
+        "in bits from an uninterrupted run"
+    )

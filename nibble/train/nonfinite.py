@@ -1,0 +1,82 @@
+"""What a run was doing when a loss, a gradient or a weight stopped being a number.
+
+RUN/nonfinite.json    step, loss of every pass with its rows, norms and counts of every module
+"""
+
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nibble.data.loader import Batch
+from nibble.disk import replace_file
+from nibble.train.step import TokenLoss
+
+REPORT_FILE = "nonfinite.json"
+
+
+def write_report(
+    out: Path,
+    model: nn.Module,
+    token_loss: TokenLoss,
+    batches: Iterable[Batch],
+    *,
+    step: int,
+    reason: str,
+) -> Path:
+    """Go through the passes of a step once more, one by one, and write down what each gives.
+
+    Args:
+        batches: The passes of the step.
+        step: Its number, from 1.
+        reason: What the step ended with.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
+    values = {
+        "version": 1,
+        "step": step,
+        "reason": reason,
+        "passes": [_pass_report(model, token_loss, batch) for batch in batches],
+    }
+    path = out / REPORT_FILE
+    replace_file(path, (json.dumps(values, indent=2) + "\n").encode())
+    return path
+
+
+def _pass_report(model: nn.Module, token_loss: TokenLoss, batch: Batch) -> dict[str, Any]:
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    for parameter in trained.values():
+        if parameter.grad is not None:
+            parameter.grad.zero_()
+    loss_sum, num_targets = token_loss(batch)
+    loss_sum.backward()
+    return {
+        "rows": list(batch.row_ids),
+        "num_tokens": batch.input_ids.numel(),
+        "loss": _number(loss_sum / max(1, num_targets)),
+        "modules": {name: _module_report(p) for name, p in trained.items()},
+    }
+
+
+def _module_report(parameter: nn.Parameter) -> dict[str, Any]:
+    report = {"norm": _number(parameter.detach().norm()), "num_not_finite": _count(parameter)}
+    if parameter.grad is not None:
+        report["grad_norm"] = _number(parameter.grad.norm())
+        report["grad_num_not_finite"] = _count(parameter.grad)
+    return report
+
+
+def _count(values: Tensor) -> int:
+    return int((~torch.isfinite(values.detach())).sum())
+
+
+def _number(value: Tensor) -> float | str:
+    """A number, or "nan", "inf", "-inf", which JSON does not have."""
+    number = float(value.detach())
+    return number if math.isfinite(number) else str(number)
