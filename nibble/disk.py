@@ -73,9 +73,12 @@ def disk_errors(what: str) -> Iterator[None]:
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder that is not there yet, and those above it."""
+    """Make a folder that is not there yet, and those above it, whose names are flushed."""
+    if not path.parent.is_dir():
+        make_folder(path.parent)
+        sync_folder(path.parent.parent)
     fault("disk.before_make", path)
-    path.mkdir(parents=True)
+    path.mkdir()
 
 
 def write_file(path: Path, pieces: Iterable[bytes | memoryview]) -> str:

@@ -94,12 +94,9 @@ class _BlockedAttention(torch.autograd.Function):
         y_GRTK = _by_key_head(y.transpose(1, 2), key)
         blocks = _Blocks(q_GRTK, documents, scale, num_products=2)
         for document, heads in blocks.parts():
-            q = blocks.dense(q_GRTK[heads, :, document])
-            k, v = (blocks.dense(states[heads, document]) for states in (k_GTK, v_GTK))
-            y_part = y_GRTK[heads, :, document]
-            for rows in blocks.rows(k.shape[1]):
-                p = blocks.probabilities(q[:, :, rows], k[:, : rows.stop])
-                y_part[:, :, rows] = torch.bmm(p, v[:, : rows.stop]).view_as(q[:, :, rows])
+            q, y_part = (states[heads, :, document] for states in (q_GRTK, y_GRTK))
+            k, v = (states[heads, document] for states in (k_GTK, v_GTK))
+            _attend(blocks, q, k, v, y_part)
         return y
 
     @staticmethod
@@ -122,22 +119,42 @@ class _BlockedAttention(torch.autograd.Function):
             return grad_q, grad_k, grad_v, None, None
         q_GRTK, k_GTK, v_GTK = _by_key_head(query, key), key[0], value[0]
         g_GRTK, grad_q_GRTK = (_by_key_head(grad, key) for grad in (grad_y, grad_q))
-        grad_k_GTK, grad_v_GTK = grad_k[0], grad_v[0]
         blocks = _Blocks(q_GRTK, ctx.documents, ctx.scale, num_products=5)
         for document, heads in blocks.parts():
-            q, g = (blocks.dense(states[heads, :, document]) for states in (q_GRTK, g_GRTK))
-            k, v = (blocks.dense(states[heads, document]) for states in (k_GTK, v_GTK))
-            sum_k, sum_v = (torch.zeros_like(k, dtype=torch.float32) for _ in range(2))
-            grad_q_part = grad_q_GRTK[heads, :, document]
-            for rows in blocks.rows(k.shape[1]):
-                seen = slice(0, rows.stop)
-                q_rows, g_rows = q[:, :, rows], g[:, :, rows].flatten(1, 2)
-                p, grad_s = blocks.gradients(q_rows, k[:, seen], g_rows, v[:, seen])
-                sum_v[:, seen] += torch.bmm(p.mT, g_rows)
-                grad_q_part[:, :, rows] = torch.bmm(grad_s, k[:, seen]).view_as(q_rows)
-                sum_k[:, seen] += torch.bmm(grad_s.mT, q_rows.flatten(1, 2))
-            grad_k_GTK[heads, document], grad_v_GTK[heads, document] = sum_k, sum_v
+            states_GRTK = q_GRTK, g_GRTK, grad_q_GRTK
+            states_GTK = k_GTK, v_GTK, grad_k[0], grad_v[0]
+            q, g, grad_q_part = (states[heads, :, document] for states in states_GRTK)
+            k, v, grad_k_part, grad_v_part = (states[heads, document] for states in states_GTK)
+            _differentiate(blocks, (q, k, v, g), (grad_q_part, grad_k_part, grad_v_part))
         return grad_q, grad_k, grad_v, None, None
+
+
+def _attend(blocks: "_Blocks", q: Tensor, k: Tensor, v: Tensor, y: Tensor) -> None:
+    """Write the result of some key heads in a document; what it took is free afterwards."""
+    q, k, v = (blocks.dense(states) for states in (q, k, v))
+    for rows in blocks.rows(k.shape[1]):
+        p = blocks.probabilities(q[:, :, rows], k[:, : rows.stop])
+        y[:, :, rows] = torch.bmm(p, v[:, : rows.stop]).view_as(q[:, :, rows])
+        del p  # the next one takes its place
+
+
+def _differentiate(
+    blocks: "_Blocks", states: tuple[Tensor, ...], gradients: tuple[Tensor, ...]
+) -> None:
+    """Write the gradients of q, k, v, given these and that of the result, of some key heads."""
+    q, k, v, g = (blocks.dense(each) for each in states)
+    grad_q, grad_k, grad_v = gradients
+    sum_k, sum_v = (torch.zeros_like(k, dtype=torch.float32) for _ in range(2))
+    for rows in blocks.rows(k.shape[1]):
+        seen = slice(0, rows.stop)
+        q_rows, g_rows = q[:, :, rows], g[:, :, rows].flatten(1, 2)
+        p, grad_s = blocks.gradients(q_rows, k[:, seen], g_rows, v[:, seen])
+        sum_v[:, seen] += torch.bmm(p.mT, g_rows)
+        grad_q[:, :, rows] = torch.bmm(grad_s, k[:, seen]).view_as(q_rows)
+        sum_k[:, seen] += torch.bmm(grad_s.mT, q_rows.flatten(1, 2))
+        del p, grad_s, g_rows  # the next ones take their place
+    grad_k.copy_(sum_k)
+    grad_v.copy_(sum_v)
 
 
 class _Blocks:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from nibble.data.loader import Batch
+from nibble.errors import NonFiniteError
 from nibble.events import EvalEnd
 from nibble.train.loss import token_metrics
 
@@ -23,7 +24,11 @@ def evaluate(
     autocast: torch.dtype | None = None,
     device: torch.device | str = "cpu",
 ) -> EvalEnd:
-    """The mean loss over all target tokens, in nats, and the share predicted exactly."""
+    """The mean loss over all target tokens, in nats, and the share predicted exactly.
+
+    Raises:
+        NonFiniteError: If a loss is NaN or infinite.
+    """
     start = time.monotonic()
     was_training = model.training
     model.eval()
@@ -33,6 +38,12 @@ def evaluate(
             batch_loss, batch_correct, batch_targets = token_metrics(
                 model, batch.to(device), autocast=autocast
             )
+            if not math.isfinite(batch_loss):
+                raise NonFiniteError(
+                    f"the held-out loss is {batch_loss} at rows {list(batch.row_ids)}",
+                    fix="look at these rows with `nibble data check`, lower optim.lr, or use "
+                    "model.dtype=float32",
+                )
             loss_sum += batch_loss
             num_correct += batch_correct
             num_target_tokens += batch_targets

@@ -9,6 +9,7 @@ or was here before it was started again, is taken over.
 import errno
 import json
 import os
+import secrets
 import socket
 import time
 from collections.abc import Iterator
@@ -33,17 +34,19 @@ _FLAGS = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
 
 @dataclass(frozen=True)
 class Owner:
-    """A process: its number, machine, the machine's start, and when it took the folder."""
+    """A process: its number, machine, the machine's start, when it took the folder, a mark of it."""
 
     pid: int
     host: str
     boot_id: str
     since: str
+    mark: str
 
     @staticmethod
     def here() -> "Owner":
         """This process, now."""
-        return Owner(os.getpid(), socket.gethostname(), _boot_id(), time.strftime("%F %T%z"))
+        since, mark = time.strftime("%F %T%z"), secrets.token_hex(8)
+        return Owner(os.getpid(), socket.gethostname(), _boot_id(), since, mark)
 
     @property
     def is_gone(self) -> bool:

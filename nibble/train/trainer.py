@@ -200,7 +200,7 @@ def _fit(course: Course, *, has_room: bool) -> None:
             if state.step == job.steps or stop.name or is_due:
                 _save(course)
                 saved_at = time.monotonic()
-        if stop.name and state.step < job.steps:
+        if stop.name:
             raise stop.error()
 
 

@@ -1,5 +1,8 @@
 """One step equals one big batch, however its rows are split, packed or ordered."""
 
+import math
+import re
+
 import pytest
 import torch
 
@@ -111,19 +114,85 @@ def test_step_moves_and_reports(tiny_model_folder):
     assert results[0].num_target_tokens == sum(row.num_target_tokens for row in rows)
 
 
-def test_nan_stops_before_the_optimizer_moves(tiny_model_folder):
+@pytest.fixture
+def one_step(tiny_model_folder):
+    """A model, its optimizer after a first step, and a function that takes one step more."""
     rows = pack(_examples(), max_seq_len=64, packing=False)
     model = _model(tiny_model_folder("llama"))
     optimizer = AdamW(parameter_groups(model))
-    before = [p.clone() for p in model.parameters()]
-    batches = Loader(rows, batch_size=2, micro_batch_size=2, seed=0).micro_batches(0)
-    with pytest.raises(NonFiniteError, match="did not move") as error:
-        train_step(
-            lambda batch: (token_loss(model, batch)[0] * float("nan"), 1),
+    batches = Loader(rows, batch_size=4, micro_batch_size=2, seed=0).micro_batches(0)
+
+    def take(spoil=lambda loss: loss):
+        return train_step(
+            lambda batch: (spoil(token_loss(model, batch)[0]), 1),
             batches,
             optimizer,
             lr=1e-2,
             max_grad_norm=1.0,
         )
-    assert str(list(batches[0].row_ids)) in str(error.value)
-    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+    take()
+    return model, optimizer, batches, take
+
+
+BAD = [float("nan"), float("inf"), -float("inf")]
+
+
+def _state(optimizer):
+    return {
+        name: torch.cat([piece.clone() for piece in pieces])
+        for name, pieces in optimizer.state_pieces().items()
+    }
+
+
+def _assert_refused(optimizer, take, match, **more):
+    """Nothing of the optimizer's state is another value afterwards."""
+    before, num_steps = _state(optimizer), optimizer.num_steps
+    with pytest.raises(NonFiniteError, match=match) as error:
+        take(**more)
+    assert error.value.exit_code == 76
+    assert "did not move" in str(error.value)
+    for name, value in _state(optimizer).items():
+        torch.testing.assert_close(value, before[name], rtol=0, atol=0, equal_nan=True)
+    assert optimizer.num_steps == num_steps
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_a_loss_that_is_no_number(one_step, bad):
+    _, optimizer, batches, take = one_step
+    rows = list(batches[0].row_ids)
+    match = f"the loss is .* at rows {re.escape(str(rows))}"
+    _assert_refused(optimizer, take, match, spoil=lambda loss: loss + bad)
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_one_value_of_any_gradient_that_is_no_number(one_step, bad):
+    model, optimizer, _, take = one_step
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert len(trained) == 28
+    for parameter in trained:
+
+        def spoil(gradient):
+            spoiled = gradient.clone()
+            spoiled[-1, -1] = bad
+            return spoiled
+
+        hook = parameter.register_hook(spoil)
+        _assert_refused(optimizer, take, "the gradient norm is")
+        hook.remove()
+    assert math.isfinite(take().loss)
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_one_value_of_any_weight_that_is_no_number(one_step, bad):
+    """Of a frozen one too, where the loss depends on it."""
+    model, optimizer, batches, take = one_step
+    token = int(batches[0].input_ids[0, 0])
+    for name, parameter in model.named_parameters():
+        is_lookup = "embed_tokens" in name
+        value = parameter.detach()[token if is_lookup else slice(None)].view(-1)
+        kept = value[-1].clone()
+        value[-1] = bad
+        _assert_refused(optimizer, take, "the loss is|the gradient norm is")
+        value[-1] = kept
+    assert math.isfinite(take().loss)
