@@ -34,7 +34,7 @@ _FLAGS = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
 
 @dataclass(frozen=True)
 class Owner:
-    """A process: its number, machine, the machine's start, when it took the folder, a mark of it."""
+    """A process: its number, machine, the start of that, when it took the folder, a mark of it."""
 
     pid: int
     host: str
