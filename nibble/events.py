@@ -210,9 +210,9 @@ METRICS_COLUMNS: tuple[str, ...] = (
 )
 
 
-def last_attempts(events: Iterable[Event], step: int) -> list[Event]:
+def last_attempts(events: Iterable[Event], step: int) -> list[StepEnd | EvalEnd]:
     """Steps and evaluations up to `step`, each as it was when it was last taken, in order."""
-    found: dict[tuple[int, type], Event] = {}
+    found: dict[tuple[int, type], StepEnd | EvalEnd] = {}
     for event in events:
         if isinstance(event, StepEnd | EvalEnd) and event.step <= step:
             found[event.step, type(event)] = event

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import typer
 
-from nibble.commands import chat, config, data, demo, doctor, evaluate, plan, train
+from nibble.commands import chat, config, data, demo, doctor, evaluate, plan, replay, train
 from nibble.environment import wait_passively
 from nibble.errors import NibbleError, RunInterrupted
 
@@ -20,6 +20,7 @@ app = typer.Typer(
 app.command("demo")(demo.demo)
 app.command("plan")(plan.plan)
 app.command("train")(train.train)
+app.command("replay")(replay.replay)
 app.command("eval")(evaluate.evaluate)
 app.command("chat")(chat.chat)
 app.command("doctor")(doctor.doctor)

@@ -44,7 +44,7 @@ def train(
 
     target = folder.folder_of(run)
     if fresh:
-        _refuse_content(target)
+        folder.refuse_content(target)
     with stop_signals(), folder.hold(target):
         was_finished = folder.is_finished(target)
         with quick_imports():
@@ -74,10 +74,3 @@ def _is_qlora(out: Path) -> bool:
 
     run = folder.read_run(out)
     return run is not None and run.method == "qlora"
-
-
-def _refuse_content(folder: Path) -> None:
-    from nibble.errors import FolderInUseError
-
-    if folder.is_dir() and any(folder.iterdir()):
-        raise FolderInUseError(f"{folder} is not empty", fix="choose another --out")

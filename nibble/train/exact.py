@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 
 from nibble.errors import UnavailableError
-from nibble.train.manifest import differences
+from nibble.train.manifest import differences, listed
 
 # Source: https://docs.nvidia.com/cuda/cublas, section "Results reproducibility".
 _CUBLAS = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
@@ -69,13 +69,12 @@ def check_environment(level: str, began_with: dict[str, str], now: dict[str, str
     changed = differences(began_with, now) if began_with else {}
     if not changed:
         return ""
-    listed = ", ".join(f"{name}: {old} -> {new}" for name, (old, new) in changed.items())
     if level == "exact":
         raise UnavailableError(
-            f"train.exactness=exact: the environment is not that of the run ({listed})",
+            f"train.exactness=exact: the environment is not that of the run ({listed(changed)})",
             fix="bring it back, or start a run with train.exactness=default in another folder",
         )
     return (
-        f"the environment is not that in which the run began ({listed}): what follows may differ "
-        "in bits from an uninterrupted run"
+        f"the environment is not that in which the run began ({listed(changed)}): what follows "
+        "may differ in bits from an uninterrupted run"
     )

@@ -48,6 +48,16 @@ def hold(folder: Path) -> Iterator[None]:
         yield
 
 
+def refuse_content(folder: Path) -> None:
+    """Refuse a folder that is there and not empty.
+
+    Raises:
+        FolderInUseError: If it is so.
+    """
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise FolderInUseError(f"{folder} is not empty", fix="choose another --out")
+
+
 def enter(run: RunConfig, allow_change: Collection[str] = ()) -> dict[str, tuple[Any, Any]]:
     """Write down what is run in its folder, which is held; returns the keys that were changed.
 

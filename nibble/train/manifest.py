@@ -10,7 +10,7 @@ both; `nibble replay` compares them before it compares bits.
 import hashlib
 import json
 import platform
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -93,6 +93,17 @@ def differences(old: dict[str, str], new: dict[str, str]) -> dict[str, tuple[str
         for name in {**old, **new}
         if old.get(name) != new.get(name)
     }
+
+
+def listed(changed: Mapping[str, tuple[str, str]]) -> str:
+    """Differences for a person: name: old -> new."""
+    return ", ".join(
+        f"{name}: {_short(old)} -> {_short(new)}" for name, (old, new) in changed.items()
+    )
+
+
+def _short(value: str) -> str:
+    return value if len(value) <= 40 else f"{value[:12]}..."
 
 
 def data_files(run: RunConfig) -> list[Path]:

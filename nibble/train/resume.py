@@ -7,7 +7,7 @@ from nibble.errors import FolderInUseError
 from nibble.events import Emit, WarningRaised
 from nibble.train import checkpoint
 from nibble.train.checkpoint import TrainState
-from nibble.train.manifest import differences
+from nibble.train.manifest import differences, listed
 from nibble.train.optimizer import AdamW
 
 
@@ -37,9 +37,8 @@ def find_state(
     changed = differences(found.identity, identity)
     refused = [name for name in changed if name not in allow_change]
     if refused:
-        listed = ", ".join(f"{n}: {_short(a)} -> {_short(b)}" for n, (a, b) in changed.items())
         raise FolderInUseError(
-            f"{found.path} was made of something else ({listed})",
+            f"{found.path} was made of something else ({listed(changed)})",
             fix="bring that back, choose another --out, or go on with the change: "
             + " ".join(f"--allow-change {name}" for name in refused),
         )
@@ -49,7 +48,3 @@ def find_state(
     if changed:
         emit(WarningRaised(f"going on with other {', '.join(changed)} than the run began with"))
     return state
-
-
-def _short(digest: str) -> str:
-    return digest if len(digest) <= 40 else f"{digest[:12]}..."

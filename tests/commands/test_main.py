@@ -72,6 +72,10 @@ def test_train_eval_and_train_again(capsys, tiny_model_folder, data, tmp_path):
         "token_accuracy",
         "num_target_tokens",
     }
+    code, text, err = _call(capsys, "replay", out, "--json")
+    assert code == 0, err
+    assert json.loads(text)["num_steps"] == 2
+    assert (tmp_path / "out-replay" / "adapter").is_dir()
 
 
 def test_chat_compares(capsys, monkeypatch, tiny_model_folder, data, tmp_path):

@@ -4,6 +4,7 @@ import csv
 import hashlib
 import json
 import multiprocessing
+import os
 import random
 import runpy
 import shutil
@@ -15,7 +16,7 @@ import pytest
 from nibble.disk import FAULT_POINTS
 
 KILLED_RUN = Path(__file__).with_name("killed_run.py")
-NUM_STEPS = 60
+NUM_STEPS = 60 if os.environ.get("NIBBLE_TORTURE") == "1" else 30
 # What a run measures of itself, beside what it computes.
 MEASURED = ("tokens_per_s", "peak_memory_bytes")
 
@@ -116,7 +117,9 @@ def test_killed_at_any_point_and_run_again_equals_uninterrupted(case, is_torture
         assert case.run("killed") == 0
         assert case.results("killed") == case.expected, (kill_at, case.points[kill_at - 1])
         shutil.rmtree(case.folder / "killed")
-    print(f"{case.settings[0]}: {len(chosen)} kills at fault points of {len(case.points)}, all equal")
+    print(
+        f"{case.settings[0]}: {len(chosen)} kills at fault points of {len(case.points)}, all equal"
+    )
 
 
 @pytest.mark.torture

@@ -1,0 +1,105 @@
+"""Run a finished run once more from its folder, and compare what comes out bit by bit."""
+
+import sys
+from dataclasses import dataclass
+from itertools import zip_longest
+from pathlib import Path
+
+from nibble.config import RunConfig
+from nibble.data.dataset import Dataset, build_dataset
+from nibble.errors import DataError, NibbleError, UnavailableError, UsageError
+from nibble.events import Emit, StepEnd, last_attempts, read_events
+from nibble.model.files import find_model
+from nibble.model.load import load_tokenizer
+from nibble.train import folder, trainer
+from nibble.train.exact import take_threads
+from nibble.train.manifest import differences, identity_of, listed, read_manifest
+
+# Step, what was measured, and its values.
+Figure = tuple[int, str, float, float]
+
+
+@dataclass(frozen=True)
+class Replay:
+    """What two runs have in common.
+
+    Attributes:
+        sha256: Of every file of weights.
+        num_steps: Steps of the same loss and norm of the gradient.
+        num_evals: Evaluations of the same loss and accuracy.
+    """
+
+    sha256: dict[str, str]
+    num_steps: int
+    num_evals: int
+
+
+def replay(out: Path, into: Path, emit: Emit = lambda event: None) -> Replay:
+    """Run what stands in `out` once more in the empty folder `into`; both must come out equal.
+
+    Raises:
+        UsageError: If there is no finished run in `out`.
+        DataError: If the run would be made of something else now; nothing is run.
+        FolderInUseError: If there is something in `into`.
+        UnavailableError: If another environment gave other bits.
+        NibbleError: If the same environment gave other bits.
+    """
+    run, end = folder.read_run(out), folder.last_end(out)
+    identity, environment = read_manifest(out)
+    if run is None or end is None or end.reason != folder.FINISHED or not identity:
+        raise UsageError(f"there is no finished run in {out}", fix="finish it with `nibble train`")
+    folder.refuse_content(into)
+    again = run.with_values({"out": str(into)}, "flag")
+    dataset = _same_dataset(again, identity, out)
+    take_threads(environment)
+    with folder.hold(into):
+        trainer.train(again, emit, plan=folder.read_plan(out) or None, dataset=dataset)
+    first, second = _figures(out), _figures(into)
+    parted = next((a or b for a, b in zip_longest(first, second) if a != b), None)
+    end_again = folder.last_end(into)
+    has_equal_weights = end_again is not None and end.adapter_sha256 == end_again.adapter_sha256
+    if parted is not None or not has_equal_weights:
+        changed = differences(environment, read_manifest(into)[1])
+        raise _unequal(run, f"{out} and {into}", parted, changed)
+    num_steps = sum(what == "training loss" for _, what, *_ in first)
+    return Replay(end.adapter_sha256, num_steps, len(first) - num_steps)
+
+
+def _same_dataset(run: RunConfig, identity: dict[str, str], out: Path) -> Dataset:
+    """The rows of the run, if it is made of what it was made of."""
+    tokenizer = load_tokenizer(find_model(run.model.name, run.model.revision))
+    dataset = build_dataset(run.data, tokenizer, seed=run.train.seed)
+    changed = differences(identity, identity_of(run, tokenizer, dataset))
+    if changed:
+        raise DataError(
+            f"{out} was made of something else ({listed(changed)})",
+            fix="bring that back: without it the same cannot come out",
+        )
+    return dataset
+
+
+def _figures(out: Path) -> list[Figure]:
+    """What a run computed at each step, in order."""
+    events = last_attempts(read_events(out / folder.EVENTS_FILE), sys.maxsize)
+    return [
+        (event.step, "training loss", event.loss, event.grad_norm)
+        if isinstance(event, StepEnd)
+        else (event.step, "held-out loss", event.loss, event.token_accuracy)
+        for event in events
+    ]
+
+
+def _unequal(
+    run: RunConfig, both: str, parted: Figure | None, changed: dict[str, tuple[str, str]]
+) -> NibbleError:
+    where = f"the {parted[1]} of step {parted[0]} on" if parted else "the weights"
+    what = f"{both} are not equal, from {where}"
+    if changed:
+        return UnavailableError(
+            f"{what}; the environment is not that of the run ({listed(changed)})",
+            fix="bring it back: the same inputs give the same bits in the same environment",
+        )
+    fix = "please report it, with both folders"
+    if run.train.exactness != "exact":
+        fix = "train with train.exactness=exact: on a GPU the default differs from run to run"
+    return NibbleError(f"{what}; inputs and environment are the same", fix=fix)

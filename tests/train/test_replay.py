@@ -1,0 +1,104 @@
+"""A run is repeated bit by bit, or it is said why not."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+import nibble
+from nibble.errors import DataError, FolderInUseError, NibbleError, UnavailableError, UsageError
+from nibble.train import trainer
+from nibble.train.manifest import MANIFEST_FILE
+from nibble.train.replay import replay
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_model_folder, tmp_path_factory):
+    """A folder with a model, rows, and a finished run."""
+    folder = tmp_path_factory.mktemp("finished")
+    shutil.copytree(tiny_model_folder("llama"), folder / "model")
+    rows = [{"prompt": f"say {n}", "completion": f"{n}"} for n in range(12)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = [
+        *(f"model.name={folder / 'model'}", f"data.train={folder / 'rows.jsonl'}"),
+        *("data.eval=0.2", f"out={folder / 'run'}", "method=qlora", "train.steps=4"),
+        *("train.batch_size=4", "train.micro_batch_size=2", "lora.dropout=0.1"),
+        *("data.max_seq_len=64", "train.exactness=exact", "train.eval_every=2"),
+    ]
+    nibble.train(nibble.load_config(None, settings))
+    return folder
+
+
+def _change_manifest(finished, section, **values):
+    path = finished / "run" / MANIFEST_FILE
+    content = json.loads(path.read_text())
+    content[section].update(values)
+    path.write_text(json.dumps(content))
+
+
+def test_the_same_comes_out(finished, tmp_path):
+    result = replay(finished / "run", tmp_path / "again")
+    assert list(result.sha256) == ["adapter_model.safetensors"]
+    assert (result.num_steps, result.num_evals) == (4, 3)
+    assert "exact: the same inputs" in (tmp_path / "again" / "adapter" / "README.md").read_text()
+
+
+def test_threads_are_those_of_the_run(finished, tmp_path, monkeypatch):
+    before, taken = torch.get_num_threads(), []
+    monkeypatch.setattr(torch, "set_num_threads", taken.append)
+    replay(finished / "run", tmp_path / "again")
+    assert set(taken) == {before}
+
+
+def test_other_data_is_found_before_anything_runs(finished, tmp_path):
+    rows = finished / "rows.jsonl"
+    before = rows.read_text()
+    rows.write_text(before.replace("say 3", "tell 3"))
+    try:
+        with pytest.raises(DataError, match=r"was made of something else \(data: ") as error:
+            replay(finished / "run", tmp_path / "again")
+    finally:
+        rows.write_text(before)
+    assert "rows: " in error.value.what
+    assert not (tmp_path / "again").exists()
+
+
+def test_a_folder_with_content_is_refused(finished, tmp_path):
+    (tmp_path / "file").write_text("")
+    for into in (tmp_path, tmp_path / "file", finished / "run"):
+        with pytest.raises(FolderInUseError, match="is not empty"):
+            replay(finished / "run", into)
+
+
+def test_no_finished_run(finished, tmp_path):
+    shutil.copytree(finished / "run", tmp_path / "run")
+    (tmp_path / "run" / "events.jsonl").write_text("")
+    for out in (tmp_path / "none", tmp_path / "run"):
+        with pytest.raises(UsageError, match="there is no finished run in"):
+            replay(out, tmp_path / "again")
+
+
+@pytest.fixture
+def other_bits(monkeypatch):
+    """Every learning rate is a little larger than it was."""
+    rate = trainer.learning_rate
+    monkeypatch.setattr(trainer, "learning_rate", lambda *a, **k: 1.01 * rate(*a, **k))
+
+
+def test_other_bits_in_the_same_environment(finished, tmp_path, other_bits):
+    with pytest.raises(NibbleError, match="inputs and environment are the same") as error:
+        replay(finished / "run", tmp_path / "again")
+    assert "from the training loss of step 2 on" in error.value.what
+    assert error.value.exit_code == 1
+
+
+def test_other_bits_in_another_environment(finished, tmp_path, other_bits):
+    before = (finished / "run" / MANIFEST_FILE).read_text()
+    _change_manifest(finished, "environment", torch="1.0")
+    try:
+        with pytest.raises(UnavailableError, match=r"\(torch: 1\.0 -> ") as error:
+            replay(finished / "run", tmp_path / "again")
+    finally:
+        (finished / "run" / MANIFEST_FILE).write_text(before)
+    assert error.value.exit_code == 69
