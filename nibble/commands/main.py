@@ -81,5 +81,5 @@ def _leave(code: int) -> None:
 
 
 def _interrupted() -> int:
-    print("nibble: interrupted before anything was trained", file=sys.stderr)  # noqa: T201
+    print("nibble: interrupted", file=sys.stderr)  # noqa: T201
     return RunInterrupted.exit_code
