@@ -1,5 +1,6 @@
 """Whole runs on tiny models: every family and method, stopping, continuing."""
 
+import errno
 import json
 import os
 import signal
@@ -10,9 +11,25 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import nibble
-from nibble.errors import DataError, StoppedError, UsageError
-from nibble.events import EvalEnd, LoadEnd, PagesMoved, RunEnd, StepEnd, read_events
-from nibble.train import optimizer
+from nibble.disk import faults_at, file_sha256
+from nibble.errors import (
+    DataError,
+    DiskError,
+    FolderInUseError,
+    NonFiniteError,
+    StoppedError,
+    UsageError,
+)
+from nibble.events import (
+    EvalEnd,
+    LoadEnd,
+    PagesMoved,
+    RunEnd,
+    StepEnd,
+    WarningRaised,
+    read_events,
+)
+from nibble.train import checkpoint, evaluate, optimizer, trainer
 
 peft = pytest.importorskip("peft")
 FAMILIES = (
@@ -124,6 +141,106 @@ def test_stopped_and_continued_equals_uninterrupted(tiny_model_folder, data, tmp
     assert steps == [1, 2, 3, 4, 5, 6]
     ends = [e.reason for e in read_events(parts.out / "events.jsonl") if isinstance(e, RunEnd)]
     assert ends == ["stopped by SIGTERM; step 2 of 6 is saved", "finished"]
+
+
+def _steps(out):
+    return [event.step for event in read_events(out / "events.jsonl") if isinstance(event, StepEnd)]
+
+
+@pytest.mark.parametrize("bad", ["nan", "inf"])
+@pytest.mark.parametrize("where", ["gradient", "weight"])
+def test_what_is_no_number_stops_the_run_and_is_not_saved(
+    tiny_model_folder, data, tmp_path, monkeypatch, where, bad
+):
+    """At the third step of six; without what spoilt it the run goes on as if never stopped."""
+    settings = ("train.steps=6", "train.save_every=2", "train.micro_batch_size=3")
+    folder, jobs, build_job = tiny_model_folder("llama"), [], trainer.build_job
+
+    def keep(*arguments):
+        jobs.append(build_job(*arguments))
+        return jobs[-1]
+
+    def spoil(event):
+        if not isinstance(event, StepEnd) or event.step != 2 or len(jobs) > 1:
+            return
+        trained = [p for p in jobs[0].model.parameters() if p.requires_grad]
+        if where == "weight":
+            trained[5].data.view(-1)[3] = float(bad)
+        else:
+            trained[5].register_hook(lambda gradient: gradient * float(bad))
+
+    monkeypatch.setattr(trainer, "build_job", keep)
+    run = _run(folder, data, tmp_path / "out", *settings)
+    match = "after step 2 .* it was not saved" if where == "weight" else "step 3: the gradient norm"
+    with pytest.raises(NonFiniteError, match=match) as error:
+        nibble.train(run, spoil)
+    assert error.value.exit_code == 76
+    if where == "gradient":
+        report = json.loads((tmp_path / "out" / "nonfinite.json").read_text())
+        assert [sorted(each["rows"]) for each in report["passes"]] == [[0, 1, 2]]
+        counts = [m["grad_num_not_finite"] for m in report["passes"][0]["modules"].values()]
+        assert sum(count > 0 for count in counts) == 1
+    saved = sorted((tmp_path / "out" / "checkpoints").glob("step-*"))
+    assert [path.name for path in saved] == ([] if where == "weight" else ["step-00000002"])
+    parts = nibble.train(run)
+    jobs.clear()
+    whole = nibble.train(_run(folder, data, tmp_path / "whole", *settings))
+    assert _digest(parts) == _digest(whole)
+    assert len(_steps(tmp_path / "out")) == (8 if where == "weight" else 6)
+
+
+def _digest(result):
+    return file_sha256(result.adapter / "adapter_model.safetensors")
+
+
+def test_a_held_out_loss_that_is_no_number_stops_the_run(
+    tiny_model_folder, data, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(evaluate, "token_metrics", lambda *a, **k: (float("nan"), 0, 1))
+    with pytest.raises(NonFiniteError, match="the held-out loss is nan at rows"):
+        nibble.train(_run(tiny_model_folder("llama"), data, tmp_path / "out"))
+
+
+def test_a_full_disk_ends_the_run_and_what_was_saved_stays(tiny_model_folder, data, tmp_path):
+    """At any write after the first checkpoint; with space it ends as if never stopped."""
+    settings = ("train.steps=4", "train.save_every=2")
+    folder, points = tiny_model_folder("llama"), []
+    with faults_at(lambda name, *paths: points.append(name)):
+        whole = nibble.train(_run(folder, data, tmp_path / "whole", *settings))
+    first = points.index("checkpoint.after_prune")
+    writes = [n for n, name in enumerate(points) if n > first and name == "disk.before_write"]
+    for number in writes[:: max(1, len(writes) // 4)]:
+        passed = iter(range(len(points)))
+
+        def fill(name, *paths, passed=passed, number=number):
+            if next(passed) == number:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(paths[0]))
+
+        run = _run(folder, data, tmp_path / str(number), *settings)
+        with faults_at(fill), pytest.raises(DiskError, match="No space left") as error:
+            nibble.train(run)
+        assert error.value.exit_code == 74
+        assert checkpoint.latest(tmp_path / str(number) / "checkpoints")[0].state.step >= 2
+        assert _digest(nibble.train(run)) == _digest(whole)
+
+
+def test_an_allowed_change_goes_on_from_the_checkpoint(tiny_model_folder, data, tmp_path):
+    folder, out = tiny_model_folder("llama"), tmp_path / "out"
+    nibble.train(_run(folder, data, out, "train.save_every=1"))
+    longer = _run(folder, data, out, "train.save_every=1", "train.steps=5")
+    with pytest.raises(FolderInUseError, match=r"train\.steps: 3 -> 5"):
+        nibble.train(longer)
+    with data.open("a") as file:
+        file.write(json.dumps({"prompt": "say five", "completion": "five"}) + "\n")
+    with pytest.raises(FolderInUseError, match=r"data: .* -> .*, rows: ") as error:
+        nibble.train(longer, allow_change=["train.steps"])
+    assert "--allow-change data --allow-change rows" in error.value.fix
+    nibble.train(longer, allow_change=["train.steps", "data", "rows"])
+    assert _steps(out) == [1, 2, 3, 4, 5]
+    warnings = [
+        e.message for e in read_events(out / "events.jsonl") if isinstance(e, WarningRaised)
+    ]
+    assert "going on with other train.steps, data, rows than the run began with" in warnings
 
 
 @pytest.mark.parametrize("method", ["lora", "qlora", "full"])
