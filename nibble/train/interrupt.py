@@ -36,6 +36,7 @@ class StopSignal:
         self.standing = "nothing was trained yet"
         self._is_patient = False
         self._within_seconds: float | None = None
+        self._timer: threading.Timer | None = None
 
     @contextmanager
     def patience(self, within_seconds: float) -> Iterator[None]:
@@ -66,9 +67,14 @@ class StopSignal:
         if not (is_first and self._is_patient):
             raise KeyboardInterrupt
         if number != signal.SIGINT and self._within_seconds is not None:
-            timer = threading.Timer(self._within_seconds, self._give_up)
-            timer.daemon = True
-            timer.start()
+            self._timer = threading.Timer(self._within_seconds, self._give_up)
+            self._timer.daemon = True
+            self._timer.start()
+
+    def close(self) -> None:
+        """The run has ended in time: its process may go on."""
+        if self._timer is not None:
+            self._timer.cancel()
 
     def _give_up(self) -> None:
         print(f"nibble: the step took too long to finish; {self.standing}", file=sys.stderr)  # noqa: T201
@@ -95,5 +101,6 @@ def stop_signals() -> Iterator[StopSignal]:
     except KeyboardInterrupt:
         raise stop.error() from None
     finally:
+        stop.close()
         for number, handler in previous.items():
             signal.signal(number, handler)

@@ -11,7 +11,6 @@ from torch import Tensor
 from nibble.config import RunConfig
 from nibble.data.dataset import Dataset, build_dataset
 from nibble.data.loader import Batch, Loader
-from nibble.errors import UsageError
 from nibble.events import Emit, LoadEnd, WarningRaised
 from nibble.model.ledger import count_parameters, resident_bytes
 from nibble.model.load import load_base
@@ -87,19 +86,6 @@ def build_job(run: RunConfig, out: Path, emit: Emit, dataset: Dataset | None = N
         peak=peak,
         steps=steps,
     )
-
-
-def check_run(run: RunConfig) -> None:
-    """Refuse what is missing or not available before anything is loaded."""
-    check_named(run)
-    if not run.data.train:
-        raise UsageError("data.train is not set", fix="give --data or set it in the recipe")
-
-
-def check_named(run: RunConfig) -> None:
-    """Refuse a run without a model."""
-    if not run.model.name:
-        raise UsageError("model.name is not set", fix="give --model or set it in the recipe")
 
 
 def open_keys(run: RunConfig) -> list[str]:
