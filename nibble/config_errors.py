@@ -85,19 +85,19 @@ def _other_key(key: str, names: Collection[str]) -> str:
     namesakes = [f'"{name}"' for name in names if name.rpartition(".")[2] == last]
     if namesakes:
         return f": did you mean {' or '.join(namesakes)}?"
-    spelt = {name: name for name in names}
-    if not section:
-        spelt = {**{name.rpartition(".")[2]: name for name in names}, **spelt}
-        spelt.update({name: name for name in sections(names)})
-    meant = closest(key[:_WIDTH], spelt)
-    return f': did you mean "{meant}"?' if meant else f": expected {_listed(section, names)}"
+    inside = {name.rpartition(".")[2]: name for name in names if name.startswith(f"{section}.")}
+    if inside:
+        meant = closest(last[:_WIDTH], inside)
+    else:
+        spelt = {name.rpartition(".")[2]: name for name in names}
+        meant = closest(key[:_WIDTH], {**spelt, **{name: name for name in sections(names)}})
+    return f': did you mean "{meant}"?' if meant else f": expected {_listed(inside, names)}"
 
 
-def _listed(section: str, names: Collection[str]) -> str:
-    """What may stand in a section, or in none."""
-    heads = [name.rpartition(".") for name in names]
-    found = [last for head, _, last in heads if head == section]
-    *others, last = [*found, *([] if section else sections(names))]
+def _listed(inside: Collection[str], names: Collection[str]) -> str:
+    """What may stand in a section, or at the top."""
+    top = [*(name for name in names if "." not in name), *sections(names)]
+    *others, last = inside or top
     return f"{', '.join(others)} or {last}"
 
 

@@ -5,6 +5,7 @@ Of YAML's many ways to write a thing only the plain ones count. Numbers are deci
 """
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from nibble.errors import DiskError, UsageError
 
 # The parser takes up to ten seconds a megabyte; a config has a kilobyte.
 MOST_BYTES = 64 * 1024
-_MOST_BRACKETS = 20
+_MOST_LEVELS = 9
 _WORDS = {
     **dict.fromkeys(("", "~", "null", "Null", "NULL"), None),
     **dict.fromkeys(("true", "True", "TRUE"), True),
@@ -23,7 +24,6 @@ _WORDS = {
 _INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]{0,99})")
 _NUMBER = re.compile(r"[-+]?((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?")
 _NOT_FINITE = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
-_TAGS = {f"tag:yaml.org,2002:{kind}" for kind in ("str", "seq", "map")}
 
 
 class _Refused(Exception):  # noqa: N818
@@ -101,20 +101,25 @@ def _text(path: Path) -> str:
 
 def _parse(text: str) -> tuple[Any, dict[str, int]]:
     _refuse_characters(text)
-    _refuse_brackets(text)
     lines: dict[str, int] = {}
     try:
         # This loader resolves nothing: every scalar is text, and every tag was written.
-        node = yaml.compose(text, Loader=yaml.BaseLoader)
-        return None if node is None else _value(node, "", lines, set()), lines
+        events = iter(yaml.parse(text, Loader=yaml.BaseLoader))
+        next(events)
+        if isinstance(next(events), yaml.StreamEndEvent):
+            return None, lines
+        value = _value(next(events), events, "", lines)
+        next(events)
+        after = next(events)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         problem = f"not valid YAML: {error.problem or error.context}"[:200]
         is_tab = "\\t" in problem
         fix = "indent with spaces, not tabs" if is_tab else "check indentation, quotes, brackets"
         raise _Refused(problem, mark.line + 1 if mark else 1, fix) from None
-    except RecursionError:
-        raise _Refused("values are nested too deeply", 1, "a config has sections only") from None
+    if not isinstance(after, yaml.StreamEndEvent):
+        raise _Refused("a second document begins here", _line(after), "keep one of them")
+    return value, lines
 
 
 def _refuse_characters(text: str) -> None:
@@ -124,56 +129,45 @@ def _refuse_characters(text: str) -> None:
         raise _Refused(character, text.count("\n", 0, found.start()) + 1, "delete it")
 
 
-def _refuse_brackets(text: str) -> None:
-    """Brackets in brackets take the parser seconds."""
-    depth = 0
-    for found in re.finditer(r"[\[\]{}]", text):
-        depth = depth + 1 if found[0] in "[{" else max(0, depth - 1)
-        if depth > _MOST_BRACKETS:
-            line = text.count("\n", 0, found.start()) + 1
-            raise _Refused(
-                f"{depth} brackets are open, {_MOST_BRACKETS} at most are allowed",
-                line,
-                "close or quote them",
-            )
+def _value(event: Any, events: Iterator[Any], key: str, lines: dict[str, int]) -> Any:
+    """The value that begins with an event; its keys go to `lines`."""
+    if isinstance(event, yaml.AliasEvent):
+        raise _Refused(
+            f"an alias stands here, *{str(event.anchor)[:60]}", _line(event), "write it out"
+        )
+    if event.tag is not None:
+        raise _Refused(f"the tag {event.tag[:60]} is not allowed", _line(event), "leave it out")
+    if key.count(".") + key.count("[") > _MOST_LEVELS:
+        raise _Refused("values are nested too deeply", _line(event), "a config has two levels")
+    if isinstance(event, yaml.MappingStartEvent):
+        return _mapping(events, key, lines)
+    if isinstance(event, yaml.SequenceStartEvent):
+        items: list[Any] = []
+        while not isinstance(event := next(events), yaml.SequenceEndEvent):
+            items.append(_value(event, events, f"{key}[{len(items)}]", lines))
+        return items
+    return _scalar(event)
 
 
-def _value(node: yaml.Node, key: str, lines: dict[str, int], seen: set[int]) -> Any:
-    """The value of a node, whose keys go to `lines`; `seen` are the nodes that were met."""
-    line = node.start_mark.line + 1
-    if id(node) in seen:
-        raise _Refused("an alias repeats the value that begins here", line, "write it out twice")
-    seen.add(id(node))
-    if node.tag not in _TAGS:
-        raise _Refused(f"the tag {node.tag[:60]} is not allowed", line, "leave it out")
-    if isinstance(node, yaml.MappingNode):
-        return _mapping(node, key, lines, seen)
-    if isinstance(node, yaml.SequenceNode):
-        return [_value(item, f"{key}[{i}]", lines, seen) for i, item in enumerate(node.value)]
-    return _scalar(node) if isinstance(node, yaml.ScalarNode) else None
-
-
-def _mapping(
-    node: yaml.MappingNode, prefix: str, lines: dict[str, int], seen: set[int]
-) -> dict[str, Any]:
+def _mapping(events: Iterator[Any], prefix: str, lines: dict[str, int]) -> dict[str, Any]:
     values: dict[str, Any] = {}
-    for name_node, value_node in node.value:
-        line = name_node.start_mark.line + 1
-        if not isinstance(name_node, yaml.ScalarNode):
-            raise _Refused("a key is a list or a mapping, expected a name", line, "quote it")
-        name = _text_of(name_node)
+    while not isinstance(event := next(events), yaml.MappingEndEvent):
+        line = _line(event)
+        if not isinstance(event, yaml.ScalarEvent) or event.tag is not None:
+            raise _Refused("a key has structure or a tag, expected a name", line, "quote it")
+        name = _text_of(event)
         key = f"{prefix}.{name}" if prefix else name
         if key in lines:
             first = f"first in line {lines[key]}"
             raise _Refused(f"key {key[:60]!r} stands twice ({first})", line, "keep one of them")
         lines[key] = line
-        values[name] = _value(value_node, key, lines, seen)
+        values[name] = _value(next(events), events, key, lines)
     return values
 
 
-def _scalar(node: yaml.ScalarNode) -> Any:
-    text = _text_of(node)
-    if node.style is not None:
+def _scalar(event: yaml.ScalarEvent) -> Any:
+    text = _text_of(event)
+    if event.style is not None:
         return text
     if text in _WORDS:
         return _WORDS[text]
@@ -184,13 +178,17 @@ def _scalar(node: yaml.ScalarNode) -> Any:
     return float(text) if _NUMBER.fullmatch(text) else text
 
 
-def _text_of(node: yaml.Node) -> str:
+def _text_of(event: yaml.ScalarEvent) -> str:
     """The text of a scalar; JSON writes a character beyond 16 bits as two escapes."""
-    line = node.start_mark.line + 1
     try:
-        text = node.value.encode("utf-16", "surrogatepass").decode("utf-16")
+        text = event.value.encode("utf-16", "surrogatepass").decode("utf-16")
     except UnicodeDecodeError:
-        raise _Refused("an escape stands for half a character", line, "write it whole") from None
+        problem = "an escape stands for half a character"
+        raise _Refused(problem, _line(event), "write it whole") from None
     if "\0" in text:
-        raise _Refused("an escape stands for the character NUL", line, "delete it")
+        raise _Refused("an escape stands for the character NUL", _line(event), "delete it")
     return text
+
+
+def _line(event: Any) -> int:
+    return event.start_mark.line + 1

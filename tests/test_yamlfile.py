@@ -46,7 +46,7 @@ def test_what_only_old_yaml_calls_a_value_is_text(text):
         ("false", False),
         ("'8'", "8"),
         ("[1, a]", [1, "a"]),
-    ],  # fmt: skip
+    ],
 )
 def test_plain_values(text, value):
     found = yamlfile.parse_value(text)
