@@ -167,7 +167,7 @@ KEYS = [
     ("optim.lr: 1", 1, "unknown config key 'optim.lr': write `optim:` and, indented below it, "),
     ("foo: 1", 1, "unknown config key 'foo': expected method, out, model, quant, lora, data, "),
     ("a.b: 1", 1, "unknown config key 'a.b': expected method, out, model, quant, "),
-    ("lora.rank.x: 1", 1, "unknown config key 'lora.rank.x': expected method, out, "),
+    ("lora.rank.x: 1", 1, "unknown config key 'lora.rank.x': did you mean \"lora.rank\"?"),
     ("null: 1", 1, "unknown config key 'null'"),
     ("1: 2", 1, "unknown config key '1'"),
     ("'': 2", 1, "unknown config key ''"),
