@@ -48,6 +48,10 @@ def _field(default: Any, memory: str = "", **limits: Any) -> Any:
     return Field(default, json_schema_extra={"memory": memory or "none"}, **limits)
 
 
+# The keys, or sections of them, that a method does not read.
+_UNUSED_BY = {"lora": ("quant.",), "full": ("quant.", "lora.", "optim.lora_plus_ratio")}
+
+
 class Section(BaseModel):
     """A frozen part of the config that refuses unknown keys."""
 
@@ -296,6 +300,22 @@ def check_run(run: RunConfig) -> None:
             f"train.eval_every={run.train.eval_every} needs data.eval, which is not set",
             fix="set data.eval to a file or to a fraction such as 0.05",
         )
+    size, most = run.train.micro_batch_size, run.train.batch_size
+    is_planned = run.origin("train.micro_batch_size") == "planner"
+    if isinstance(size, int) and size > most and not is_planned:
+        raise UsageError(
+            f"train.micro_batch_size={size} is more than train.batch_size={most}, its upper bound",
+            fix="lower it, leave it auto, or raise train.batch_size",
+        )
+
+
+def unused_keys(run: RunConfig) -> list[str]:
+    """Keys that are set to something although the rest of the run has no use for them."""
+    unused = _UNUSED_BY.get(run.method, ())
+    if run.train.steps is not None:
+        unused = (*unused, "train.epochs")
+    flat, defaults = run.flat(), RunConfig().flat()
+    return [key for key in flat if key.startswith(unused) and flat[key] != defaults[key]]
 
 
 def _split_override(override: str) -> tuple[str, Any]:

@@ -156,13 +156,27 @@ def test_another_value_changes_what_a_run_does(observed, is_torture, key):
 
 
 @pytest.mark.torture
-@pytest.mark.parametrize("key", KEYS.keys() - {"out"})
-def test_the_same_value_changes_nothing(observed, is_torture, key):
-    """Or else a difference would say nothing of the key."""
-    if not is_torture and key not in ("train.seed", "quant.search"):
-        pytest.skip("in the long version")
-    _, aspect, beside = KEYS[key]
-    assert observed(aspect, beside) == observed(aspect, beside, attempt=2)
+def test_the_same_values_change_nothing(observed, is_torture):
+    """Or else a difference would say nothing of a key."""
+    for key in KEYS.keys() - {"out"} if is_torture else ("train.seed", "quant.search"):
+        _, aspect, beside = KEYS[key]
+        assert observed(aspect, beside) == observed(aspect, beside, attempt=2), key
+
+
+@pytest.mark.parametrize(
+    ("beside", "key", "reason"),
+    [
+        ({}, "quant.block_size", "method=lora"),
+        ({"method": "full"}, "lora.alpha", "method=full"),
+        ({"method": "full"}, "optim.lora_plus_ratio", "method=full"),
+        ({}, "train.epochs", "train.steps"),
+    ],
+)
+def test_a_key_that_does_nothing_beside_others_says_so(observed, beside, key, reason):
+    value = KEYS[key][0].split()[0]
+    warnings = observed("warnings", {**beside, key: value})
+    assert f"{key} does nothing with {reason}" in warnings
+    assert not any(key in warning for warning in observed("warnings", beside))
 
 
 def _observe(run):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nibble.config import RunConfig
+from nibble.config import RunConfig, unused_keys
 from nibble.data.dataset import Dataset, build_dataset
 from nibble.data.loader import Batch, Loader
 from nibble.events import Emit, LoadEnd, WarningRaised
@@ -53,7 +53,7 @@ def build_job(run: RunConfig, out: Path, emit: Emit, dataset: Dataset | None = N
     optimizer = equip(model, run)
     seconds = time.monotonic() - start
     dataset = dataset or build_dataset(run.data, tokenizer, seed=run.train.seed)
-    for warning in dataset.warnings:
+    for warning in [*_unused(run), *dataset.warnings]:
         emit(WarningRaised(warning))
     loader = Loader(
         dataset.train,
@@ -86,6 +86,14 @@ def build_job(run: RunConfig, out: Path, emit: Emit, dataset: Dataset | None = N
         peak=peak,
         steps=steps,
     )
+
+
+def _unused(run: RunConfig) -> list[str]:
+    beside = {"train.epochs": "train.steps"}
+    return [
+        f"{key} does nothing with {beside.get(key, f'method={run.method}')}"
+        for key in unused_keys(run)
+    ]
 
 
 def open_keys(run: RunConfig) -> list[str]:
