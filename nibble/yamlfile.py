@@ -15,6 +15,8 @@ from nibble.errors import DiskError, UsageError
 
 # The parser takes up to ten seconds a megabyte; a config has a kilobyte.
 MOST_BYTES = 64 * 1024
+# A run is written down as a file, which has room for other keys beside the longest value.
+MOST_VALUE = MOST_BYTES // 2
 _MOST_LEVELS = 9
 _WORDS = {
     **dict.fromkeys(("", "~", "null", "Null", "NULL"), None),
@@ -60,8 +62,14 @@ def parse_value(text: str) -> Any:
     """One value as YAML reads it; text that is no YAML stays text.
 
     Raises:
-        UsageError: If there is a control character in it.
+        UsageError: If there is a control character in it, or it is too long for a file.
     """
+    if len(text.encode(errors="replace")) > MOST_VALUE:
+        most = f"{MOST_VALUE // 1024} KiB"
+        raise UsageError(
+            f"a value of {len(text):,} characters, {text[:40]!r}..., is longer than {most}",
+            fix="shorten it; of a list of files, join some",
+        )
     try:
         _refuse_characters(text)
     except _Refused as error:

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nibble import yamlfile
+from nibble.errors import UsageError
 
 
 def test_lines_of_keys(tmp_path):
@@ -20,6 +21,13 @@ def test_empty_file(tmp_path):
     path = tmp_path / "a.yaml"
     path.write_text("")
     assert yamlfile.read(path) == ({}, {})
+
+
+def test_a_value_leaves_room_in_the_file_of_a_run():
+    value = f"[{'x, ' * (yamlfile.MOST_VALUE // 3 - 1)}x]"
+    assert len(yamlfile.parse_value(value)) == yamlfile.MOST_VALUE // 3
+    with pytest.raises(UsageError, match="longer than 32 KiB"):
+        yamlfile.parse_value(value + " " * 9)
 
 
 def test_value_that_is_no_yaml_stays_text():
