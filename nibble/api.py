@@ -2,12 +2,12 @@
 
 from collections.abc import Collection
 
-from nibble.config import RunConfig
+from nibble.config import RunConfig, check_named, check_run
 from nibble.events import Emit
 from nibble.plan.devices import Device
 from nibble.plan.plan import Plan, concrete, make_plan
 from nibble.train import folder, trainer
-from nibble.train.job import check_named, check_run, open_keys
+from nibble.train.job import open_keys
 from nibble.train.result import Result
 
 

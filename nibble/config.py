@@ -14,19 +14,42 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, StringConstraints, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    StringConstraints,
+    ValidationError,
+)
+from pydantic_core import PydanticCustomError
 
 from nibble import yamlfile
-from nibble.errors import UsageError, did_you_mean
+from nibble.config_errors import explain_all, sections, short
+from nibble.errors import UsageError
 
-INTERVAL = re.compile(r"^([1-9][0-9]*)(s|min|h)$")
-Count = Annotated[int, Field(ge=1)]
-Interval = Annotated[str, StringConstraints(pattern=INTERVAL.pattern)]
+INTERVAL = re.compile(r"^([1-9][0-9]{0,5})(s|min|h)$")
+Count = Annotated[int, Field(ge=1, le=1_000_000)]
+
+
+def _time(value: Any) -> Any:
+    if not isinstance(value, str) or INTERVAL.fullmatch(value) is None:
+        raise PydanticCustomError("time", "Input should be a time such as 30s, 10min or 2h")
+    return value
+
+
+Interval = Annotated[str, StringConstraints(pattern=INTERVAL.pattern), BeforeValidator(_time)]
+Names = Annotated[list[str], Field(min_length=1)]
 
 
 def _field(default: Any, memory: str = "", **limits: Any) -> Any:
     """A field with its default, its limits and its effect on memory."""
     return Field(default, json_schema_extra={"memory": memory or "none"}, **limits)
+
+
+# The keys, or sections of them, that a method does not read.
+_UNUSED_BY = {"lora": ("quant.",), "full": ("quant.", "lora.", "optim.lora_plus_ratio")}
 
 
 class Section(BaseModel):
@@ -35,6 +58,7 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid",
         frozen=True,
+        strict=True,
         use_attribute_docstrings=True,
         allow_inf_nan=False,
         protected_namespaces=(),
@@ -80,7 +104,7 @@ class LoraConfig(Section):
     """Numerator of the scale: the update is multiplied by alpha / rank."""
     dropout: float = _field(0.0, "above 0 keeps a second input per layer", ge=0, lt=1)
     """Probability of zeroing an input of A, in [0, 1)."""
-    target: Literal["all-linear"] | list[str] = _field("all-linear", "fewer targets, fewer factors")
+    target: Literal["all-linear"] | Names = _field("all-linear", "fewer targets, fewer factors")
     """Layers to adapt: all-linear (the head excepted) or a list of name suffixes."""
     dtype: Literal["float32", "bfloat16"] = _field("float32", "bfloat16 halves the factors")
     """Type of the stored factors; products run in model.dtype."""
@@ -91,7 +115,7 @@ class LoraConfig(Section):
 class DataConfig(Section):
     """Examples, and how they become rows."""
 
-    train: str | list[str] = _field("")
+    train: str | Names = _field("")
     """File or hub id with training examples, or a list of them."""
     eval: str | Annotated[float, Field(gt=0, lt=1)] | None = _field(None)
     """Held-out examples: a file, a hub id, or the fraction of train to hold out, in (0, 1)."""
@@ -116,9 +140,9 @@ class TrainConfig(Section):
 
     epochs: float = _field(1, gt=0, le=10_000)
     """Passes over the training rows; fractions are allowed."""
-    steps: int | None = _field(None, ge=1)
+    steps: Annotated[int, Field(ge=1, le=100_000_000)] | None = _field(None)
     """Optimizer steps; overrides epochs."""
-    batch_size: int = _field(16, ge=1)
+    batch_size: Count = _field(16)
     """Rows per optimizer step over all devices."""
     micro_batch_size: Count | Literal["auto"] = _field(
         "auto", "activations grow with it", union_mode="left_to_right"
@@ -134,7 +158,7 @@ class TrainConfig(Section):
     """exact allows deterministic operations only."""
     seed: int = _field(0, ge=0, lt=2**63)
     """Seed of the adapters, the order of rows and dropout."""
-    eval_every: int | None = _field(None, ge=1)
+    eval_every: Annotated[int, Field(ge=1)] | None = _field(None)
     """Steps between evaluations; null evaluates at the start and at the end."""
     save_every: Count | Interval = _field("10min")
     """Steps, or a time such as 30s, 10min or 2h, between checkpoints."""
@@ -206,13 +230,14 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
         UsageError: If a key is unknown, a value is out of range, or the file is not YAML.
     """
     values, lines = yamlfile.read(Path(path)) if path is not None else ({}, {})
+    places = {key: f"{path}:{line}: " for key, line in lines.items()}
     origins = dict.fromkeys(flatten(values), "file")
     for override in overrides:
         key, value = _split_override(override)
         _set(values, key, value)
-        lines.pop(key, None)
+        places.pop(key, None)
         origins[key] = "flag"
-    run = _validate(values, lines)
+    run = _validate(values, places)
     run._origins.update(origins)
     return run
 
@@ -251,57 +276,86 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def check_named(run: RunConfig) -> None:
+    """Refuse a run without a model.
+
+    Raises:
+        UsageError: If model.name is not set.
+    """
+    if not run.model.name:
+        raise UsageError("model.name is not set", fix="give --model or set it in the recipe")
+
+
+def check_run(run: RunConfig) -> None:
+    """Refuse a run that lacks a key, or has one that does nothing without another.
+
+    Raises:
+        UsageError: It says which.
+    """
+    check_named(run)
+    if not run.data.train:
+        raise UsageError("data.train is not set", fix="give --data or set it in the recipe")
+    if run.train.eval_every is not None and not run.data.eval:
+        raise UsageError(
+            f"train.eval_every={run.train.eval_every} needs data.eval, which is not set",
+            fix="set data.eval to a file or to a fraction such as 0.05",
+        )
+    size, most = run.train.micro_batch_size, run.train.batch_size
+    is_planned = run.origin("train.micro_batch_size") == "planner"
+    if isinstance(size, int) and size > most and not is_planned:
+        raise UsageError(
+            f"train.micro_batch_size={size} is more than train.batch_size={most}, its upper bound",
+            fix="lower it, leave it auto, or raise train.batch_size",
+        )
+
+
+def unused_keys(run: RunConfig) -> list[str]:
+    """Keys that are set to something although the rest of the run has no use for them."""
+    unused = _UNUSED_BY.get(run.method, ())
+    if run.train.steps is not None:
+        unused = (*unused, "train.epochs")
+    flat, defaults = run.flat(), RunConfig().flat()
+    return [key for key in flat if key.startswith(unused) and flat[key] != defaults[key]]
+
+
 def _split_override(override: str) -> tuple[str, Any]:
     key, equals, text = override.partition("=")
-    if not equals or not key.strip():
+    key = key.strip()
+    if not equals or not all(key.split(".")):
         raise UsageError(
-            f"--set {override!r} is not of the form section.key=value",
+            f"--set {short(override)} is not of the form section.key=value",
             fix="write for example --set optim.lr=1e-4",
         )
-    return key.strip(), yamlfile.parse_value(text)
+    inner = sections(keys()).get(key)
+    if inner is not None:
+        raise UsageError(
+            f"--set {short(override)}: {key} is a section, not a key",
+            fix=f"set its keys one by one, such as {inner}",
+        )
+    return key, yamlfile.parse_value(text)
 
 
 def _set(values: dict[str, Any], key: str, value: Any) -> None:
-    *sections, last = key.split(".")
-    for section in sections:
-        inner = values.setdefault(section, {})
+    *parents, last = key.split(".")
+    for parent in parents:
+        inner = values.setdefault(parent, {})
         if not isinstance(inner, dict):
-            raise UsageError(f"{section} in {key!r} is a value, not a section of the config")
+            raise UsageError(
+                f"--set {short(key)}: {parent} is {short(inner)}, not a section of the config",
+                fix="`nibble explain` lists every key",
+            )
         values = inner
     values[last] = value
 
 
-def _validate(values: dict[str, Any], lines: Mapping[str, int]) -> RunConfig:
+def _validate(values: dict[str, Any], places: Mapping[str, str]) -> RunConfig:
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
-        problems = _explain_all(error, lines)
+        problems = explain_all(error, keys(), places)
         raise UsageError(
             "\n".join(problems), fix="`nibble explain KEY` says what a key takes"
         ) from None
-
-
-def _explain_all(error: ValidationError, lines: Mapping[str, int]) -> list[str]:
-    """One line per wrong key; the alternatives of a union are joined."""
-    wrong: dict[str, list[Any]] = {}
-    known = [*keys(), *RunConfig.model_fields]
-    for problem in error.errors():
-        parts = [str(part) for part in problem["loc"]]
-        key = ".".join(parts)
-        while key not in known and problem["type"] != "extra_forbidden" and len(parts) > 1:
-            parts.pop()
-            key = ".".join(parts)
-        wrong.setdefault(key, []).append(problem)
-    return [_explain(key, problems, lines) for key, problems in wrong.items()]
-
-
-def _explain(key: str, problems: Sequence[Any], lines: Mapping[str, int]) -> str:
-    where = f"line {lines[key]}: " if key in lines else ""
-    if problems[0]["type"] == "extra_forbidden":
-        close = did_you_mean(key, [*keys(), *RunConfig.model_fields])
-        return f"{where}unknown config key {key!r}" + (f": {close}" if close else "")
-    rules = dict.fromkeys(problem["msg"].lower() for problem in problems)
-    return f"{where}{key}: {' or '.join(rules)}, got {problems[0]['input']!r}"
 
 
 def interval_seconds(text: str, name: str) -> int:

@@ -67,7 +67,7 @@ def test_bad_override(override, message):
         ("- 1\n", "holds list"),
         ("optim: [\n", "not valid YAML"),
         ("optim:\n  lr: 1\n  lr: 2\n", "stands twice"),
-        ("optim:\n  lrr: 1\n", "line 2: unknown config key"),
+        ("optim:\n  lrr: 1\n", "recipe.yaml:2: unknown config key"),
     ],
 )
 def test_bad_file(tmp_path, text, message):

@@ -38,13 +38,14 @@ def plan(
     if history:
         _print_history(as_json)
         return
-    from nibble.config import load_config
+    from nibble.config import check_named, load_config
     from nibble.errors import UsageError
 
     if device and memory:
         raise UsageError("--device and --memory exclude each other", fix="give one of them")
     flags = {"model.name": model, "data.eval": eval_data, "method": method}
     run = load_config(recipe, [*progress.overrides(flags, data), *(set_ or [])])
+    check_named(run)
 
     from nibble.plan.devices import find_device, parse_memory
 
@@ -54,9 +55,7 @@ def plan(
 
     with quick_imports():
         from nibble.plan.plan import Charge, make_plan
-        from nibble.train.job import check_named
 
-    check_named(run)
     if plot is not None:
         _check_plot(plot)
     charge = None

@@ -75,20 +75,19 @@ def working(what: str) -> Iterator[None]:
 
 def overrides(flags: Mapping[str, str], data: Sequence[str] | None) -> list[str]:
     """Flags of a command as `section.key=value`; empty ones are left out."""
-    found = [f"{key}={_quoted(value)}" for key, value in flags.items() if value]
+    found = [f"{key}={_quoted(key, value)}" for key, value in flags.items() if value]
     if data:
-        listed = ", ".join(_quoted(name) for name in data)
-        found.append(f"data.train={listed if len(data) == 1 else f'[{listed}]'}")
+        found.append(f"data.train={to_json(data[0] if len(data) == 1 else list(data))}")
     return found
 
 
-def _quoted(value: str) -> str:
-    """Text as YAML text, unless it is a number such as a fraction."""
+def _quoted(key: str, value: str) -> str:
+    """Text as YAML text; held-out data may also be a fraction."""
     try:
         float(value)
     except ValueError:
         return to_json(value)
-    return value
+    return value if key == "data.eval" else to_json(value)
 
 
 def to_json(values: Any) -> str:

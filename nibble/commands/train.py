@@ -28,7 +28,7 @@ def train(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Train, or continue the run that stands in --out."""
-    from nibble.config import load_config
+    from nibble.config import check_run, load_config
 
     flags: dict[str, Any] = {
         "model.name": model,
@@ -38,7 +38,8 @@ def train(
     }
     run = load_config(recipe, [*progress.overrides(flags, data), *(set_ or [])])
 
-    # A folder that is taken is refused before the large libraries are imported.
+    # A wrong config or folder is refused before the large libraries are imported.
+    check_run(run)
     from nibble.train import folder
     from nibble.train.interrupt import stop_signals
 

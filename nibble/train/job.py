@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nibble.config import RunConfig
+from nibble.config import RunConfig, unused_keys
 from nibble.data.dataset import Dataset, build_dataset
 from nibble.data.loader import Batch, Loader
-from nibble.errors import UsageError
 from nibble.events import Emit, LoadEnd, WarningRaised
 from nibble.model.ledger import count_parameters, resident_bytes
 from nibble.model.load import load_base
@@ -54,7 +53,7 @@ def build_job(run: RunConfig, out: Path, emit: Emit, dataset: Dataset | None = N
     optimizer = equip(model, run)
     seconds = time.monotonic() - start
     dataset = dataset or build_dataset(run.data, tokenizer, seed=run.train.seed)
-    for warning in dataset.warnings:
+    for warning in [*_unused(run), *dataset.warnings]:
         emit(WarningRaised(warning))
     loader = Loader(
         dataset.train,
@@ -89,17 +88,12 @@ def build_job(run: RunConfig, out: Path, emit: Emit, dataset: Dataset | None = N
     )
 
 
-def check_run(run: RunConfig) -> None:
-    """Refuse what is missing or not available before anything is loaded."""
-    check_named(run)
-    if not run.data.train:
-        raise UsageError("data.train is not set", fix="give --data or set it in the recipe")
-
-
-def check_named(run: RunConfig) -> None:
-    """Refuse a run without a model."""
-    if not run.model.name:
-        raise UsageError("model.name is not set", fix="give --model or set it in the recipe")
+def _unused(run: RunConfig) -> list[str]:
+    beside = {"train.epochs": "train.steps"}
+    return [
+        f"{key} does nothing with {beside.get(key, f'method={run.method}')}"
+        for key in unused_keys(run)
+    ]
 
 
 def open_keys(run: RunConfig) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from nibble.config import RunConfig, interval_seconds
+from nibble.config import RunConfig, check_run, interval_seconds
 from nibble.data.dataset import Dataset
 from nibble.data.loader import eval_batches
 from nibble.disk import disk_errors, fault, file_sha256
@@ -34,7 +34,7 @@ from nibble.train.checkpoint import TrainState
 from nibble.train.evaluate import EVAL_TOKENS, evaluate
 from nibble.train.exact import check_environment, exactness, take_threads
 from nibble.train.interrupt import Asked, StopSignal, stop_signals
-from nibble.train.job import Job, build_job, check_run, open_keys
+from nibble.train.job import Job, build_job, open_keys
 from nibble.train.manifest import environment, identity_of, read_manifest, write_manifest
 from nibble.train.memory import available_bytes, keep_heap_dense
 from nibble.train.nonfinite import write_report
