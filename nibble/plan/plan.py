@@ -30,7 +30,7 @@ from nibble.plan.presets import preset_config, preset_names, preset_short_names
 from nibble.plan.rows import Rows, full_rows, rows_of
 from nibble.plan.tracker import MOST_EXPERTS
 from nibble.plan.watch import ADAPTERS, GRADIENTS, MOMENTS
-from nibble.train.checkpoint import NUM_KEPT
+from nibble.train.checkpoint import MOST_AT_ONCE
 from nibble.train.history import read_history, summary
 from nibble.train.memory import available_bytes
 
@@ -285,13 +285,13 @@ def _runner_up(question: Question, chosen: Forecast, other: Forecast) -> RunnerU
 
 
 def _disk_bytes(forecast: Forecast) -> int:
-    """The checkpoints that are kept, and the adapter or the whole model."""
+    """The checkpoints that stand at the same time, and the adapter or the whole model."""
     parts = forecast.phases["optimizer"].parts
     state = parts.get(MOMENTS, 0) + forecast.paged_bytes
     trained = parts.get(ADAPTERS, 0) or parts.get(GRADIENTS, 0)
     # A whole model is written in 16 bits.
     result = trained // 2 if forecast.option.method == "full" else trained
-    return NUM_KEPT * (state + trained) + result
+    return MOST_AT_ONCE * (state + trained) + result
 
 
 def _summary(dataset: Dataset, rows: Rows, choice: Choice, run: RunConfig) -> DataSummary:

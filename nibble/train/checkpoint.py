@@ -42,6 +42,8 @@ MANIFEST_FILE = "manifest.json"
 FORMAT_VERSION = 2
 # The newest that are kept; the best by held-out loss and the one resumed from stay as well.
 NUM_KEPT = 2
+# Of a run that is never resumed, with the best and the one that is being written.
+MOST_AT_ONCE = NUM_KEPT + 2
 # Of a folder that is written or deleted: never the name of a checkpoint.
 _UNFINISHED = ".tmp-"
 _LARGEST_MANIFEST_BYTES = 1_000_000
