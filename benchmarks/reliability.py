@@ -82,15 +82,16 @@ def train(arguments: argparse.Namespace, method: str, level: str, out: Path) -> 
     settings = [
         f"model.name={arguments.shared / 'models' / 'base-16m'}",
         f"data.train={data / 'train.jsonl'}",
-        "data.eval=0.01",
+        "data.eval=0.005",
         f"method={method}",
         f"out={out}",
         f"train.exactness={level}",
         f"train.steps={arguments.steps}",
         f"train.eval_every={arguments.steps // 2}",
-        "train.batch_size=16",
+        "train.batch_size=8",
         "train.micro_batch_size=4",
-        "data.max_seq_len=512",
+        "train.recompute=none",
+        "data.max_seq_len=256",
         "lora.dropout=0.05",
     ]
     nibble.train(nibble.load_config(None, settings))

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import signal
+import time
 
 import pytest
 import torch
@@ -222,6 +223,21 @@ def test_a_full_disk_ends_the_run_and_what_was_saved_stays(tiny_model_folder, da
         assert error.value.exit_code == 74
         assert checkpoint.latest(tmp_path / str(number) / "checkpoints")[0].state.step >= 2
         assert _digest(nibble.train(run)) == _digest(whole)
+
+
+def test_a_clock_that_jumps_changes_nothing(tiny_model_folder, data, tmp_path, monkeypatch):
+    """A day ahead, a day back, past 2038: durations are of another clock, the order of none."""
+    folder, settings = tiny_model_folder("llama"), ("train.save_every=1", "train.steps=4")
+    plain = nibble.train(_run(folder, data, tmp_path / "plain", *settings))
+    now, jumps = time.time(), iter([0, 86_400, -86_400, 2**31, -(2**30)] * 40)
+    monkeypatch.setattr(time, "time", lambda: now + next(jumps))
+    jumped = nibble.train(_run(folder, data, tmp_path / "jumped", *settings))
+    assert _digest(jumped) == _digest(plain)
+    assert checkpoint.latest(tmp_path / "jumped" / "checkpoints")[0].state.step == 4
+    events = [
+        e for e in read_events(tmp_path / "jumped" / "events.jsonl") if isinstance(e, StepEnd)
+    ]
+    assert all(0 < event.seconds < 60 for event in events)
 
 
 def test_an_allowed_change_goes_on_from_the_checkpoint(tiny_model_folder, data, tmp_path):
