@@ -194,17 +194,23 @@ def validate(path: Path) -> Found:
 
 
 def check_room(folder: Path, optimizer: AdamW) -> None:
-    """Refuse to start where the disk has no room for two checkpoints.
+    """Refuse to start where the disk has no room for the checkpoints that stand at once.
+
+    Args:
+        folder: Of the checkpoints; those that are there count as room.
 
     Raises:
         DiskError: If it has not.
     """
     pieces = optimizer.state_pieces().values()
-    needed = 2 * sum(piece.nbytes for parts in pieces for piece in parts)
-    free = shutil.disk_usage(folder).free
-    if free < needed:
+    num_at_once = NUM_KEPT + 1
+    needed = num_at_once * sum(piece.nbytes for parts in pieces for piece in parts)
+    held = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    free = shutil.disk_usage(folder if folder.is_dir() else folder.parent).free
+    if free + held < needed:
         raise DiskError(
-            f"the disk of {folder} has {size(free)} free, and two checkpoints take {size(needed)}",
+            f"the disk of {folder} has {size(free)} free, and {num_at_once} checkpoints take "
+            f"{size(needed)}",
             fix="free space, or choose an --out on another disk",
         )
 

@@ -147,7 +147,7 @@ def _restore(
     run, now = job.run, environment()
     identity = identity_of(run, job.tokenizer, job.dataset)
     checkpoints = job.out / folder.CHECKPOINTS
-    checkpoint.check_room(job.out, job.optimizer)
+    checkpoint.check_room(checkpoints, job.optimizer)
     state = find_state(
         checkpoints, job.optimizer, identity=identity, allow_change=allow_change, emit=report
     )

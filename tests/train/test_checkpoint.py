@@ -142,13 +142,16 @@ def test_unwritable_folder(tmp_path):
         _save(tmp_path / "file", 1)
 
 
-def test_room_for_two(tmp_path, monkeypatch):
-    optimizer = _optimizer()
-    check_room(tmp_path, optimizer)
+def test_room_for_those_that_stand_at_once(tmp_path, monkeypatch):
+    """Of four values and their moments: 48 bytes each."""
+    optimizer, folder = _optimizer(), tmp_path / "checkpoints"
+    check_room(folder, optimizer)
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=95))
-    with pytest.raises(DiskError, match="95 B free, and two checkpoints take 96 B"):
-        check_room(tmp_path, optimizer)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=143))
+    with pytest.raises(DiskError, match="has 143 B free, and 3 checkpoints take 144 B"):
+        check_room(folder, optimizer)
+    _save(folder, 1)
+    check_room(folder, optimizer)
 
 
 def test_the_clock_and_the_times_of_files_do_not_count(tmp_path):
