@@ -122,8 +122,6 @@ def read_config(folder: Path) -> dict[str, Any]:
     check_files(folder)
     try:
         config = read_json(path)
-        is_config = isinstance(config, dict) and isinstance(config.get("model_type"), str)
-        values = plain_values(config) if is_config else {}
     except FileNotFoundError:
         raise ModelError(
             f"{folder} holds no {CONFIG_FILE}", fix="give a folder in the transformers layout"
@@ -132,9 +130,12 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise ModelError(
             f"{path} is not valid JSON: {error}", fix="download config.json again"
         ) from None
-    if "model_type" not in values:
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise ModelError(f"{path} names no model_type", fix="download config.json again")
-    return values
+    try:
+        return plain_values(config)
+    except ValueError as error:
+        raise ModelError(f"{path}: {error}", fix="download config.json again") from None
 
 
 def read_index(folder: Path) -> dict[str, Entry]:
@@ -165,7 +166,7 @@ def read_index(folder: Path) -> dict[str, Entry]:
 def _read_shards(folder: Path) -> dict[str, Entry]:
     try:
         weight_map = read_json(folder / INDEX_FILE)["weight_map"]
-        shards = sorted({Path(shard).name for shard in weight_map.values()})
+        shards = sorted({Path(shard).name for shard in set(weight_map.values())})
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(
             f"{folder / INDEX_FILE} is broken: {error}", fix="download the file again"

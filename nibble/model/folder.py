@@ -25,10 +25,13 @@ LARGEST_JSON_BYTES = 16_000_000
 _NEVER_KEYS = {
     "auto_map", "custom_generate", "custom_pipelines", "attn_implementation",
     "experts_implementation", "name_or_path", "trust_remote_code", "tokenizer_class", "init_inputs",
+    "fast_tokenizer_files",
 }  # fmt: skip
 _KEY = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]*")
 # A path, a hub id and an address all have a slash.
 _WORD = re.compile(r"[\w.+-]{0,200}", re.ASCII)
+# Keys whose text chooses among what there is: left out, another would be chosen in silence.
+_CHOICE = re.compile(r".*(act|activation|activation_function|type)")
 
 
 def check_files(folder: Path) -> None:
@@ -104,7 +107,7 @@ def plain_values(values: Mapping[str, Any]) -> dict[str, Any]:
     """Numbers, words, lists and objects of them; without keys and texts that could name code.
 
     Raises:
-        ValueError: If a number is not finite, or values are nested too deeply.
+        ValueError: If a number is not finite, a choice is no word, or values are nested too deeply.
     """
     try:
         return {key: _plain(value) for key, value in values.items() if _is_kept(key, value)}
@@ -115,6 +118,8 @@ def plain_values(values: Mapping[str, Any]) -> dict[str, Any]:
 def _is_kept(key: str, value: Any) -> bool:
     is_named = _KEY.fullmatch(key) and not key.endswith(("_internal", "_file"))
     is_word = not isinstance(value, str) or _WORD.fullmatch(value)
+    if not is_word and _CHOICE.fullmatch(key):
+        raise ValueError(f"{key[:80]} is {value[:80]!r}, expected a word")
     return bool(is_named and is_word) and key not in _NEVER_KEYS
 
 
