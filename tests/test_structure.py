@@ -96,7 +96,8 @@ GLOBAL_DRAWS = (
     "np.random.seed(0)", "numpy.random.permutation(3)", "import random\nrandom.seed(1)",
 )  # fmt: skip
 OWN_DRAWS = (
-    "import random\nrandom.Random(seed).shuffle(order)", "np.random.default_rng(0)", "torch.random.fork_rng()",
+    "import random\nrandom.Random(seed).shuffle(order)", "np.random.default_rng(0)",
+    "torch.random.fork_rng()",
     "rng: random.Random = x", "np.random.RandomState(3)", "from random import Random",
 )  # fmt: skip
 _OWN_GENERATORS = {"Random", "RandomState", "default_rng", "Generator"}
