@@ -54,16 +54,74 @@ def test_modules_and_public_names_are_documented(path):
             assert ast.get_docstring(node), node.name
 
 
-def test_nothing_is_unpickled_and_no_shell_is_used():
-    banned = {"pickle", "joblib", "dill", "shelve", "marshal"}
-    for path in SOURCES:
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Import):
-                assert not banned & {alias.name for alias in node.names}, path
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
-                owner = getattr(node.func.value, "id", "")
-                assert (owner, node.func.attr) != ("torch", "load"), path
-                assert all(keyword.arg != "shell" for keyword in node.keywords), path
+# What could run code that a file holds, or let a wrong input through under `python -O`.
+DANGEROUS = {
+    "unpickling": "import pickle",
+    "unpickling below": "import os, pickle.x",
+    "unpickling by name": "from joblib import load",
+    "another name": "import dill as json",
+    "torch.load": "torch.load(path, weights_only=True)",
+    "loading by name": "from torch import load",
+    "numpy's pickles": "np.load(path)",
+    "numpy by its name": "numpy.load(path, allow_pickle=True)",
+    "allowed pickles": "read(path, allow_pickle=True)",
+    "DCP": "import torch.distributed.checkpoint",
+    "eval": "eval(text)",
+    "exec": "exec(text)",
+    "compile": "compile(text, '', 'exec')",
+    "import by text": "__import__(name)",
+    "a shell": "subprocess.run(command, shell=True)",
+    "a shell of os": "os.system(command)",
+    "a pipe of os": "os.popen(command)",
+    "code of a model": "load(path, trust_remote_code=True)",
+    "code of a model, if so": "load(path, trust_remote_code=allowed)",
+    "unsafe YAML": "yaml.load(text)",
+    "a bare template": "jinja2.Template(text)",
+    "a bare environment": "jinja2.Environment()",
+    "assert on an input": "assert rank > 0",
+}
+HARMLESS = (
+    "model.eval()", "re.compile(text)", "assert x is not None", "subprocess.run(['cc'])",
+    "load(path, trust_remote_code=False)", "yaml.safe_load(text)", "json.load(file)",
+    "Environment()", "import pickled_things",
+)  # fmt: skip
+_MODULES = {"pickle", "joblib", "dill", "shelve", "marshal", "cloudpickle", "torch.distributed"}
+_BUILTINS = {"eval", "exec", "compile", "__import__"}
+_CALLS = {
+    "torch.load", "np.load", "numpy.load", "os.system", "os.popen", "yaml.load", "yaml.full_load",
+    "yaml.unsafe_load", "jinja2.Template", "jinja2.Environment",
+}  # fmt: skip
+GLOBAL_DRAWS = (
+    "import random\nrandom.shuffle(order)", "from random import shuffle", "np.random.rand(3)",
+    "np.random.seed(0)", "numpy.random.permutation(3)", "import random\nrandom.seed(1)",
+)  # fmt: skip
+OWN_DRAWS = (
+    "import random\nrandom.Random(seed).shuffle(order)", "np.random.default_rng(0)",
+    "torch.random.fork_rng()",
+    "rng: random.Random = x", "np.random.RandomState(3)", "from random import Random",
+)  # fmt: skip
+_OWN_GENERATORS = {"Random", "RandomState", "default_rng", "Generator"}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=_id)
+def test_nothing_is_unpickled_and_no_text_is_run(path):
+    assert not [found for node in ast.walk(ast.parse(path.read_text())) for found in _danger(node)]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=_id)
+def test_nothing_draws_from_a_global_generator(path):
+    assert not _draws(ast.parse(path.read_text()))
+
+
+@pytest.mark.parametrize("code", [*DANGEROUS.values(), *HARMLESS])
+def test_what_is_dangerous_is_seen(code):
+    found = [one for node in ast.walk(ast.parse(code)) for one in _danger(node)]
+    assert bool(found) == (code in DANGEROUS.values())
+
+
+@pytest.mark.parametrize("code", [*GLOBAL_DRAWS, *OWN_DRAWS])
+def test_global_draws_are_seen(code):
+    assert bool(_draws(ast.parse(code))) == (code in GLOBAL_DRAWS)
 
 
 def test_help_needs_no_torch():
@@ -113,3 +171,46 @@ def _depth(node: ast.AST) -> int:
 
 def _is_elif(parent: ast.AST, child: ast.AST) -> bool:
     return isinstance(parent, ast.If) and isinstance(child, ast.If) and parent.orelse == [child]
+
+
+def _danger(node: ast.AST) -> list[str]:
+    """What in this node could run what a file holds."""
+    if isinstance(node, ast.Assert):
+        is_narrowing = isinstance(node.test, ast.Compare) and isinstance(
+            node.test.ops[0], ast.IsNot
+        )
+        return [] if is_narrowing else ["assert"]
+    if isinstance(node, ast.Import | ast.ImportFrom):
+        return [name for name in _imported(node) if name in {*_MODULES, *_CALLS}]
+    if not isinstance(node, ast.Call):
+        return []
+    named = {keyword.arg: keyword.value for keyword in node.keywords}
+    trust = named.get("trust_remote_code")
+    found = [name for name in ("shell", "allow_pickle") if name in named]
+    if trust is not None and not (isinstance(trust, ast.Constant) and trust.value is False):
+        found.append("trust_remote_code")
+    called = ast.unparse(node.func)
+    return [*found, called] if called in {*_BUILTINS, *_CALLS} else found
+
+
+def _imported(node: ast.Import | ast.ImportFrom) -> set[str]:
+    """Every module that is imported with those above it, and every name out of one."""
+    names = [alias.name for alias in node.names]
+    if isinstance(node, ast.ImportFrom):
+        names = [node.module or "", *(f"{node.module}.{name}" for name in names)]
+    parts = [name.split(".") for name in names]
+    return {".".join(part[:size]) for part in parts for size in range(1, len(part) + 1)}
+
+
+def _draws(tree: ast.AST) -> list[str]:
+    """Draws from the generators that `random` and numpy share with everybody."""
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
+    owners = {"np.random", "numpy.random"}
+    owners |= {"random"} if any("random" in _imported(node) for node in imports) else set()
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module in ("random", "numpy.random"):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.Attribute) and ast.unparse(node.value) in owners:
+            found.append(node.attr)
+    return [name for name in found if name not in _OWN_GENERATORS]

@@ -13,36 +13,37 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from nibble.disk import disk_errors, fault, remove, rename, replace_file, sync_tree
-from nibble.errors import AdapterError, UsageError
-from nibble.model.adapt import AdaptedLayers, adapt, linear_layers
+from nibble.errors import AdapterError, ModelError, UsageError
+from nibble.model.adapt import AdaptedLayers, adapt, frozen_linear, linear_layers
 from nibble.model.experts import Experts
+from nibble.model.folder import check_files, read_json
 from nibble.model.linear4bit import DenseLinear, Linear4bit
 from nibble.model.lora import LoRALinear
-from nibble.model.tensors import write_tensors
+from nibble.model.tensors import Entry, TensorReader, read_entries, write_tensors
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 
-# Features that change the arithmetic and that nibble does not compute.
-_REFUSED = {
-    "use_dora": False,
-    "bias": "none",
-    "modules_to_save": None,
-    "rank_pattern": {},
-    "alpha_pattern": {},
-    "layer_replication": None,
-    "lora_bias": False,
-    "trainable_token_indices": None,
-    "use_qalora": False,
-    "alora_invocation_tokens": None,
-    "arrow_config": None,
-    "exclude_modules": None,
+# Keys that decide what nibble computes, that only say where the factors came from, or that choose
+# layers, which the names of the tensors do.
+_KNOWN = {
+    "peft_type", "task_type", "base_model_name_or_path", "revision", "r", "lora_alpha",
+    "lora_dropout", "use_rslora", "inference_mode", "target_modules", "target_parameters",
+    "layers_to_transform", "layers_pattern", "auto_mapping", "peft_version", "qalora_group_size",
+    "runtime_config",
+}  # fmt: skip
+# Any other key belongs to a feature that nibble does not compute, unless its value turns it off.
+_OFF: dict[str, tuple[Any, ...]] = {
+    "bias": ("none",),
+    "megatron_core": ("megatron.core",),
+    "init_lora_weights": (True, "gaussian", "orthogonal", "eva"),
 }
+_LARGEST_RANK = 65_536
+_FIX = "copy the folder again from where it was made"
 
 
 @dataclass(frozen=True)
@@ -107,10 +108,15 @@ def read_adapter(model: nn.Module, folder: str | Path) -> AdaptedLayers:
     """
     folder = Path(folder)
     config = read_adapter_config(folder)
-    tensors = _read_tensors(folder / WEIGHTS_FILE)
+    entries = _read_entries(folder / WEIGHTS_FILE)
     modules = dict(model.named_modules())
-    layers = list(dict.fromkeys(_layer_of(key, modules) for key in tensors))
-    _check_layers(layers, linear_layers(model), folder)
+    layers = list(dict.fromkeys(_layer_of(key, modules) for key in entries))
+    known = linear_layers(model)
+    _check_layers(layers, known, folder)
+    shapes = {k: s for name in layers for k, s in _factors(name, known[name], config.rank)}
+    _check_keys(set(shapes), set(entries), folder)
+    # Before anything is made: a rank that the factors do not have would only fill memory.
+    _check_shapes(entries, shapes, folder)
     adapted = adapt(
         model,
         rank=config.rank,
@@ -119,12 +125,15 @@ def read_adapter(model: nn.Module, folder: str | Path) -> AdaptedLayers:
         target=layers,
         rslora=config.rslora,
     )
-    expected = dict(adapter_tensors(model))
-    _check_keys(set(expected), set(tensors), folder)
-    for key, parameter in expected.items():
-        _check_tensor(key, tensors[key], parameter, folder)
+    reader = TensorReader([])
+    for key, parameter in adapter_tensors(model):
+        tensor = reader.read(entries[key])
+        if not torch.isfinite(tensor).all():
+            raise AdapterError(
+                f"{folder / WEIGHTS_FILE}: {key} holds values that are not finite", fix=_FIX
+            )
         with torch.no_grad():
-            parameter.copy_(tensors[key])
+            parameter.copy_(tensor)
     return adapted
 
 
@@ -140,36 +149,68 @@ def adapter_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def read_adapter_config(folder: Path) -> AdapterConfig:
-    """The checked content of adapter_config.json."""
+    """The checked content of adapter_config.json.
+
+    Raises:
+        AdapterError: If a file is missing or broken, leaves the folder, or asks for a feature
+            that nibble does not compute.
+    """
     path = folder / CONFIG_FILE
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        check_files(folder)
+        config = read_json(path)
     except FileNotFoundError:
         raise AdapterError(
             f"{folder} holds no {CONFIG_FILE}", fix="give the folder that `nibble train` wrote"
         ) from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise AdapterError(f"{path} is not valid JSON: {error}") from None
+    except ModelError as error:
+        raise AdapterError(error.what, fix=error.fix) from None
+    except ValueError as error:
+        raise AdapterError(f"{path} is not valid JSON: {error}", fix=_FIX) from None
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
-        raise AdapterError(f"{path}: peft_type is {kind!r}, expected 'LORA'")
-    for key, harmless in _REFUSED.items():
-        if config.get(key, harmless) not in (harmless, None):
+        raise AdapterError(
+            f"{path}: peft_type is {str(kind)[:80]!r}, expected 'LORA'", fix="use a LoRA adapter"
+        )
+    for key, value in config.items():
+        if key not in _KNOWN and value and value not in _OFF.get(key, ()):
             raise AdapterError(
-                f"{path}: {key} = {config[key]!r} is not supported",
+                f"{path}: {key[:80]} = {repr(value)[:80]} is not supported",
                 fix="merge this adapter with the tool that made it",
             )
-    try:
-        return AdapterConfig(
-            rank=int(config["r"]),
-            alpha=float(config["lora_alpha"]),
-            dropout=float(config.get("lora_dropout") or 0.0),
-            rslora=bool(config.get("use_rslora", False)),
-            base=str(config.get("base_model_name_or_path") or ""),
-            revision=config.get("revision"),
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise AdapterError(f"{path}: r, lora_alpha or lora_dropout is wrong: {error}") from None
+    return _adapter_config(path, config)
+
+
+def _adapter_config(path: Path, config: Mapping[str, Any]) -> AdapterConfig:
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    dropout, rslora = config.get("lora_dropout") or 0.0, config.get("use_rslora") or False
+    expected = {
+        f"r from 1 to {_LARGEST_RANK}": type(rank) is int and 1 <= rank <= _LARGEST_RANK,
+        "lora_alpha a finite number": _is_finite(alpha),
+        "lora_dropout at least 0 and below 1": _is_finite(dropout) and 0 <= dropout < 1,
+        "use_rslora true or false": isinstance(rslora, bool),
+    }
+    for what, is_right in expected.items():
+        if not is_right:
+            key = what.split()[0]
+            raise AdapterError(
+                f"{path}: {key} is {repr(config.get(key))[:80]}, expected {what}", fix=_FIX
+            )
+    revision = config.get("revision")
+    return AdapterConfig(
+        rank=config["r"],
+        alpha=float(config["lora_alpha"]),
+        dropout=float(dropout),
+        rslora=rslora,
+        base=str(config.get("base_model_name_or_path") or ""),
+        revision=None if revision is None else str(revision),
+    )
+
+
+def _is_finite(value: Any) -> bool:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    # Beyond 2**53 an integer may be no float at all; NaN compares as false.
+    return is_number and abs(value) <= 2**53
 
 
 def model_card(base: str, *, body: str = "") -> str:
@@ -225,16 +266,18 @@ def _target_modules(adapted: list[str], model: nn.Module) -> list[str]:
     return segments if set(picked) == set(adapted) else sorted(adapted)
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
+def _read_entries(path: Path) -> dict[str, Entry]:
     if not path.is_file():
         pickled = path.with_name("adapter_model.bin")
-        fix = "convert adapter_model.bin to safetensors" if pickled.exists() else ""
+        fix = "convert adapter_model.bin to safetensors" if pickled.exists() else _FIX
         raise AdapterError(f"{path.parent} holds no {WEIGHTS_FILE}", fix=fix)
     try:
-        with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise AdapterError(f"{path} is broken: {error}", fix="copy the file again") from None
+        entries = read_entries(path)
+    except ModelError as error:
+        raise AdapterError(f"{path.parent} is broken: {error.what}", fix=_FIX) from None
+    if not entries:
+        raise AdapterError(f"{path} holds no factors", fix=_FIX)
+    return entries
 
 
 def _layer_of(key: str, modules: Mapping[str, nn.Module]) -> str:
@@ -265,15 +308,31 @@ def _check_keys(expected: set[str], found: set[str], folder: Path) -> None:
     if expected != found:
         wrong = sorted(expected ^ found)
         state = "lacks" if wrong[0] in expected else "has an unexpected"
-        raise AdapterError(f"{folder / WEIGHTS_FILE} {state} {wrong[0]!r}")
+        raise AdapterError(f"{folder / WEIGHTS_FILE} {state} {wrong[0]!r}", fix=_FIX)
 
 
-def _check_tensor(key: str, tensor: Tensor, parameter: Tensor, folder: Path) -> None:
-    if tensor.shape != parameter.shape:
-        raise AdapterError(
-            f"{folder / WEIGHTS_FILE}: {key} has shape {tuple(tensor.shape)}, "
-            f"expected {tuple(parameter.shape)}",
-            fix="use the base that the adapter was trained on",
-        )
-    if not tensor.is_floating_point() or not torch.isfinite(tensor).all():
-        raise AdapterError(f"{folder / WEIGHTS_FILE}: {key} holds values that are not finite")
+def _factors(name: str, layer: nn.Module, rank: int) -> Iterator[tuple[str, tuple[int, int]]]:
+    """The keys of a layer's factors, and their shapes."""
+    if isinstance(layer, Experts):
+        for key, shape in layer.adapter_shapes(rank):
+            yield f"{PREFIX}{name}.{key}", shape
+        return
+    linear = frozen_linear(layer)
+    yield f"{PREFIX}{name}.lora_A.weight", (rank, linear.in_features)
+    yield f"{PREFIX}{name}.lora_B.weight", (linear.out_features, rank)
+
+
+def _check_shapes(
+    entries: Mapping[str, Entry], shapes: Mapping[str, tuple[int, int]], folder: Path
+) -> None:
+    for key, entry in entries.items():
+        if entry.shape != shapes[key]:
+            raise AdapterError(
+                f"{folder / WEIGHTS_FILE}: {key} has shape {entry.shape}, expected {shapes[key]}",
+                fix="use the base that the adapter was trained on",
+            )
+        if not entry.dtype.is_floating_point or entry.dtype.itemsize < 2:
+            raise AdapterError(
+                f"{folder / WEIGHTS_FILE}: {key} is of {entry.dtype}, expected 16 or 32 bits",
+                fix=_FIX,
+            )

@@ -1,6 +1,5 @@
 """`nibble data check`: look at the data as the model will see it."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -62,25 +61,13 @@ def load_tokenizer(model: str) -> Any:
 
     Raises:
         ModelError: The folder has no usable tokenizer.
-        UnavailableError: No such folder, and the hub does not give it.
+        UsageError: There is no such folder, and the name is no hub id.
+        UnavailableError: The hub does not give it.
     """
-    from transformers import AutoTokenizer
+    from nibble.model.files import find_tokenizer
+    from nibble.model.tokenizer import load_tokenizer as load
 
-    from nibble.errors import ModelError, UnavailableError
-
-    try:
-        return AutoTokenizer.from_pretrained(model)
-    except Exception as error:  # transformers raises what its many parts raise
-        why = str(error).strip().split("\n")[0][:200]
-        if Path(model).is_dir():
-            raise ModelError(
-                f"{model}: its tokenizer cannot be read: {why}",
-                fix="the folder needs tokenizer.json and tokenizer_config.json",
-            ) from None
-        raise UnavailableError(
-            f'"{model}" is no folder here and not to be had from the hub: {why}',
-            fix="check the name and the network (HF_HUB_OFFLINE), or name a local folder",
-        ) from None
+    return load(find_tokenizer(model))
 
 
 def _section(section: Any, given: dict[str, Any]) -> Any:

@@ -170,6 +170,13 @@ class Experts(nn.Module):
                 yield f"{prefix}lora_A.weight", weight.lora_A
                 yield f"{prefix}lora_B.weight", weight.lora_B
 
+    def adapter_shapes(self, rank: int) -> Iterator[tuple[str, tuple[int, int]]]:
+        """The keys of `adapter_tensors` and the shapes of factors of this rank."""
+        for prefix, weight in (("base_layer.", self.gate_up_proj), ("", self.down_proj)):
+            num_experts, num_out, num_in = weight.shape
+            yield f"{prefix}lora_A.weight", (num_experts * rank, num_in)
+            yield f"{prefix}lora_B.weight", (num_out, rank * num_experts)
+
     def target_parameters(self, name: str) -> list[str]:
         """What adapter_config.json lists for this module."""
         return [f"{name}.{part}" for part in PARTS]

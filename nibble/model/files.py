@@ -4,8 +4,7 @@ Nothing in a model folder is run: JSON and safetensors only, and config keys tha
 code are dropped before transformers sees them.
 """
 
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +23,12 @@ from huggingface_hub.errors import (
 )
 
 from nibble.errors import ModelError, UnavailableError, UsageError, did_you_mean
+from nibble.model.folder import MODEL_FILES, check_files, plain_values, read_json
 from nibble.model.tensors import Entry, read_entries
 
 CONFIG_FILE = "config.json"
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
-HUB_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 
 def find_model(name: str, revision: str | None = None) -> Path:
@@ -40,13 +39,20 @@ def find_model(name: str, revision: str | None = None) -> Path:
         UnavailableError: If the hub cannot be reached and the cache does not hold the model.
     """
 
-    def fetch(is_offline: bool) -> Path:
-        path = snapshot_download(
-            name, revision=revision, allow_patterns=HUB_PATTERNS, local_files_only=is_offline
-        )
-        return Path(path)
+    return _find(name, revision, lambda is_offline: _fetch(name, revision, MODEL_FILES, is_offline))
 
-    return _find(name, revision, fetch)
+
+def find_tokenizer(name: str) -> Path:
+    """Like `find_model`; of a hub id the weights are not fetched."""
+    wanted = [pattern for pattern in MODEL_FILES if not pattern.endswith(".safetensors")]
+    return _find(name, None, lambda is_offline: _fetch(name, None, wanted, is_offline))
+
+
+def _fetch(name: str, revision: str | None, wanted: Sequence[str], is_offline: bool) -> Path:
+    path = snapshot_download(
+        name, revision=revision, allow_patterns=list(wanted), local_files_only=is_offline
+    )
+    return Path(path)
 
 
 def _find(name: str, revision: str | None, fetch: Callable[[bool], Path]) -> Path:
@@ -113,19 +119,23 @@ def read_config(folder: Path) -> dict[str, Any]:
         ModelError: If it is missing or broken.
     """
     path = folder / CONFIG_FILE
+    check_files(folder)
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = read_json(path)
     except FileNotFoundError:
         raise ModelError(
             f"{folder} holds no {CONFIG_FILE}", fix="give a folder in the transformers layout"
         ) from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ModelError(
             f"{path} is not valid JSON: {error}", fix="download config.json again"
         ) from None
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise ModelError(f"{path} names no model_type", fix="download config.json again")
-    return _without_code(config)
+    try:
+        return plain_values(config)
+    except ValueError as error:
+        raise ModelError(f"{path}: {error}", fix="download config.json again") from None
 
 
 def read_index(folder: Path) -> dict[str, Entry]:
@@ -134,6 +144,7 @@ def read_index(folder: Path) -> dict[str, Entry]:
     Raises:
         ModelError: If a file is missing or cut off, or the weights are pickled.
     """
+    check_files(folder)
     if (folder / INDEX_FILE).is_file():
         return _read_shards(folder)
     if (folder / SINGLE_FILE).is_file():
@@ -154,9 +165,9 @@ def read_index(folder: Path) -> dict[str, Entry]:
 
 def _read_shards(folder: Path) -> dict[str, Entry]:
     try:
-        weight_map = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))["weight_map"]
-        shards = sorted({Path(shard).name for shard in weight_map.values()})
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        weight_map = read_json(folder / INDEX_FILE)["weight_map"]
+        shards = sorted({Path(shard).name for shard in set(weight_map.values())})
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(
             f"{folder / INDEX_FILE} is broken: {error}", fix="download the file again"
         ) from None
@@ -176,15 +187,6 @@ def _read_shards(folder: Path) -> dict[str, Entry]:
             fix="download the model again",
         )
     return entries
-
-
-def _without_code(config: Mapping[str, Any]) -> dict[str, Any]:
-    kept: dict[str, Any] = {}
-    for key, value in config.items():
-        if key.startswith("_") or key == "auto_map" or key.endswith("_internal"):
-            continue
-        kept[key] = _without_code(value) if isinstance(value, dict) else value
-    return kept
 
 
 def _neighbour(folder: Path) -> str:

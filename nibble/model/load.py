@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from nibble.errors import ModelError, UsageError
 from nibble.kernels.nf4 import BLOCK_SIZE
 from nibble.model.families import family_of
 from nibble.model.files import find_model, read_config, read_index
+from nibble.model.folder import plain_values, read_json
 from nibble.model.ledger import resident_bytes
 from nibble.model.names import match_names, tied_names
 from nibble.model.place import Placer, Storage, check_ties
@@ -30,6 +31,7 @@ from nibble.model.prequantized import check_quantization, read_quantized, split_
 from nibble.model.selfcheck import check_model
 from nibble.model.skeleton import build_config, build_skeleton
 from nibble.model.tensors import Entry, TensorReader
+from nibble.model.tokenizer import load_tokenizer as load_tokenizer
 
 _log = logging.getLogger("nibble")
 STORAGES = ("bf16", "float32", "nf4", "fp4")
@@ -194,35 +196,12 @@ def _check_unlisted(model: PreTrainedModel, storage: Storage) -> None:
     )
 
 
-def load_tokenizer(folder: Path, config: Any = None) -> Any:
-    """The tokenizer of a model folder.
-
-    Raises:
-        ModelError: If there is none, or it cannot be read.
-    """
-    names = ("tokenizer.json", "tokenizer.model", "vocab.json")
-    if not any((folder / name).is_file() for name in names):
-        raise ModelError(
-            f"{folder} holds no tokenizer ({', '.join(names)})",
-            fix="copy the tokenizer files of the model into the folder",
-        )
-    try:
-        return AutoTokenizer.from_pretrained(
-            folder, config=config, trust_remote_code=False, local_files_only=True
-        )
-    except Exception as error:  # the tokenizer libraries raise bare exceptions of many kinds
-        raise ModelError(
-            f"the tokenizer in {folder} cannot be read: {error}",
-            fix="copy the tokenizer files again",
-        ) from None
-
-
 def _load_generation_config(model: PreTrainedModel, folder: Path) -> None:
-    if (folder / "generation_config.json").is_file():
+    path = folder / "generation_config.json"
+    if path.is_file():
         try:
-            model.generation_config = GenerationConfig.from_pretrained(folder)
-        except (ValueError, TypeError, OSError) as error:
+            model.generation_config = GenerationConfig.from_dict(plain_values(read_json(path)))
+        except (ValueError, TypeError, AttributeError) as error:
             raise ModelError(
-                f"{folder / 'generation_config.json'} is broken: {error}",
-                fix="download the file again, or remove it",
+                f"{path} is broken: {error}", fix="download the file again, or remove it"
             ) from None

@@ -26,6 +26,7 @@ _SIZES = (
 )  # fmt: skip
 # What every published config.json states; of the rest, some rely on transformers' defaults.
 _STATED = ("hidden_size", "num_hidden_layers")
+_LARGEST_BUFFERS_BYTES = 256_000_000
 # Values that belong to how a checkpoint was stored, not to the architecture.
 _STORAGE_KEYS = ("quantization_config", "torch_dtype", "dtype", "attn_implementation")
 
@@ -48,7 +49,7 @@ def build_config(values: dict[str, Any]) -> PreTrainedConfig:
         raise ModelError(
             f"{model_type!r} is not a text-only model", fix="use the text model of the family"
         )
-    kept = {key: value for key, value in values.items() if key not in _STORAGE_KEYS}
+    kept = {key: value for key, value in values.items() if not _is_taken(key)}
     _require_sizes(model_type, kept)
     try:
         config = CONFIG_MAPPING[model_type].from_dict(kept)
@@ -65,6 +66,12 @@ def build_config(values: dict[str, Any]) -> PreTrainedConfig:
                 fix="download config.json again",
             )
     return config
+
+
+def _is_taken(key: str) -> bool:
+    """A key of the storage, or the name of a method or table of transformers' own."""
+    own = getattr(PreTrainedConfig, key, None)
+    return key in _STORAGE_KEYS or callable(own) or isinstance(own, dict | tuple)
 
 
 def _require_sizes(model_type: str, values: dict[str, Any]) -> None:
@@ -87,10 +94,13 @@ def build_skeleton(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedMo
     # Falcon chooses its attention from a fixed table and is patched afterwards.
     attention = "sdpa" if config.model_type == "falcon" else NAME
     try:
+        _check_buffers(config, attention)
         with parameters_on_meta():
             model = AutoModelForCausalLM.from_config(
                 config, dtype=dtype, attn_implementation=attention
             )
+    except ModelError:
+        raise
     except Exception as error:  # as above: shapes that do not divide, missing keys, wrong types
         raise ModelError(
             f"{config.model_type!r} cannot be built from config.json: {error}",
@@ -98,6 +108,21 @@ def build_skeleton(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedMo
         ) from None
     use_packed_attention(model)
     return model
+
+
+def _check_buffers(config: PreTrainedConfig, attention: str) -> None:
+    """Refuse an unlisted architecture whose tables, such as masks, would fill memory."""
+    if family_of(config).is_first_class:
+        return
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    total = sum(buffer.nbytes for buffer in model.buffers())
+    if total > _LARGEST_BUFFERS_BYTES:
+        raise ModelError(
+            f"{config.model_type!r}: its tables take {total:,} bytes, expected at most "
+            f"{_LARGEST_BUFFERS_BYTES:,}",
+            fix="check the number of positions in config.json",
+        )
 
 
 @contextmanager

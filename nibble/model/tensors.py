@@ -11,6 +11,7 @@ Source:
 """
 
 import json
+import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, pairwise
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from nibble.disk import write_file
 from nibble.errors import DiskError, ModelError
+from nibble.model.folder import LARGEST_JSON_BYTES, parse_json
 
 _DTYPES = {
     "F64": torch.float64,
@@ -39,8 +41,9 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-# Limit of the format; a longer header is a broken file.
-_LONGEST_HEADER_BYTES = 100_000_000
+# More dimensions or longer ones than any tensor has; the product of many would take minutes.
+_MOST_DIMENSIONS = 16
+_LONGEST_DIMENSION = 2**62
 _FIX = "download the file again"
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _WRITTEN_AT_ONCE = 1 << 24
@@ -69,15 +72,18 @@ def read_entries(path: Path) -> dict[str, Entry]:
         DiskError: If it cannot be read.
     """
     try:
-        size = path.stat().st_size
+        info = path.stat()
+        if not stat.S_ISREG(info.st_mode):
+            raise ModelError(f"{path} is no regular file", fix=_FIX)
+        size = info.st_size
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > min(size - 8, _LONGEST_HEADER_BYTES):
+            if size < 8 or length > size - 8:
                 raise ModelError(f"{path} is cut off or is no safetensors file", fix=_FIX)
-            header = json.loads(file.read(length))
+            header = parse_json(file.read(min(length, LARGEST_JSON_BYTES + 1)))
     except OSError as error:
         raise DiskError(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ModelError(f"{path} has a broken header: {error}", fix=_FIX) from None
     if not isinstance(header, dict):
         raise ModelError(f"{path} has a broken header: expected an object", fix=_FIX)
@@ -169,7 +175,10 @@ def _check_layout(path: Path, entries: dict[str, Entry], *, first: int, size: in
 def _entry(path: Path, name: str, value: Any, base: int) -> Entry:
     try:
         dtype, (start, stop) = _DTYPES[value["dtype"]], map(index, value["data_offsets"])
-        entry = Entry(path, name, dtype, tuple(map(index, value["shape"])), base + start)
+        shape = tuple(map(index, value["shape"]))
+        if len(shape) > _MOST_DIMENSIONS or max(shape, default=0) > _LONGEST_DIMENSION:
+            raise ValueError
+        entry = Entry(path, name, dtype, shape, base + start)
     except (KeyError, TypeError, ValueError):
         raise ModelError(f"{path}: the header's entry for {name!r} is broken", fix=_FIX) from None
     if start < 0 or stop - start != entry.num_bytes or min(entry.shape, default=0) < 0:

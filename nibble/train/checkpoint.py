@@ -184,6 +184,8 @@ def validate(path: Path) -> Found:
     names = sorted(entry.name for entry in path.iterdir())
     if names != sorted([STATE_FILE, MANIFEST_FILE]) or (path / STATE_FILE).is_symlink():
         raise Damaged(f"{path} holds {', '.join(names)}")
+    if not (path / STATE_FILE).is_file():
+        raise Damaged(f"{path / STATE_FILE} is no regular file")
     try:
         if file_sha256(path / STATE_FILE) != found.sha256:
             raise Damaged(f"{path / STATE_FILE} has other bytes than its manifest says")

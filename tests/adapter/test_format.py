@@ -128,7 +128,7 @@ BROKEN = {
     "bias": (lambda f: _edit_config(f, bias="all"), "bias = 'all' is not supported"),
     "rank pattern": (lambda f: _edit_config(f, rank_pattern={"q": 2}), "rank_pattern"),
     "rank": (lambda f: _edit_config(f, r=7), "has shape"),
-    "rank text": (lambda f: _edit_config(f, r="x"), "is wrong"),
+    "rank text": (lambda f: _edit_config(f, r="x"), "r is 'x', expected r from 1"),
     "cut": (lambda f: (f / WEIGHTS_FILE).write_bytes(b"x" * 20), "broken"),
     "nan": (
         lambda f: _edit_tensors(f, lambda t: t[min(t)].fill_(float("nan"))),

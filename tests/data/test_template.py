@@ -1,5 +1,6 @@
 """Templates render as transformers renders them, and cannot harm."""
 
+import resource
 import time
 
 import pytest
@@ -30,6 +31,9 @@ def text_of(source, **variables):
         "{{ missing }}|{{ messages[0].missing is defined }}|{{ 'x' | indent(4, first=True) }}",
         "{% set a %}{{ messages[0].role }}{% endset %}{{ a | trim | capitalize }}",
         "{{ '{} {:>4} {x!r}'.format(113542617735902, 'a', x=1) }}",
+        "{{ '**%s** in %d' % ('a', 113542617735902) }}{{ [1, (2, 3), {'a': 4}] | tojson }}",
+        "{% set a, b = (1, 2) %}{{ a }}{{ b }}{{ ['a', 'b'] | join('-') }}{{ 'a-b'.split('-') }}",
+        "{{ 'a\\nb' | indent(2) }}{{ messages | map(attribute='role') | list | join }}",
         "{{ 113542617735902 | string }}{{ 113542617735902 | tojson }}",
     ],
 )
@@ -64,6 +68,17 @@ def test_plain_template():
         "{{ '{0.__class__.__mro__}'.format(messages) }}",
         "{{ messages.append(1) }}",
         "{{ messages[0].update({'role': 'x'}) }}",
+        "{{ ''['__cl' ~ 'ass__'] }}",
+        "{{ ''|attr('__class__') }}",
+        "{{ ['__class__'] | map('attr', 'x') | list }}{{ dict.__mro__ }}",
+        "{{ namespace.__init__.__globals__ }}",
+        "{{ strftime_now.__globals__ }}",
+        "{{ environment.filters }}{{ self._TemplateReference__context }}",
+        "{{ '%(x)s' | format(x=messages.__class__) }}",
+        "{{ (messages | first).pop('role') }}{{ messages.sort() }}",
+        "{{ joiner.__call__.__globals__ }}{{ range.__class__ }}",
+        "{% macro f() %}{{ caller.__globals__ }}{% endmacro %}{% call f() %}{% endcall %}",
+        "{% extends '/etc/passwd' %}",
         "{% include '/etc/passwd' %}",
         "{% import 'os' as os %}",
         "{{ lipsum.__globals__ }}",
@@ -79,6 +94,27 @@ def test_sandbox_holds(source):
     assert "<class" not in text
     assert "module" not in text
     assert before == TURNS
+
+
+# Each makes gigabytes or takes minutes in one step of the sandbox of jinja2.
+BOMBS_OF_BIG = (
+    "{{ big.replace('a', big) }}",
+    "{{ big | replace('a', big) }}",
+    "{{ big.join(b * 1000) }}",
+    "{{ (b * 1000) | join(big) }}",
+    "{{ ([big] * 1000) }}",
+    "{{ ([big] * 1000) | join }}",
+    "{{ ([big] * 1000) | tojson }}",
+    "{{ " + " ~ ".join(["big"] * 1000) + " }}",
+    "{{ ('%s' * 1000) % ((big,) * 1000) }}",
+    "{{ ('{0}' * 1000).format(big) }}",
+    "{{ ('\\n' * 1000000) | indent(100000) }}",
+    "{{ ('\\t' * 1000000).expandtabs(100000) }}",
+    "{{ 'aaaa'.translate({97: big}) }}",
+    "{% set x %}" + "{{ big }}" * 1000 + "{% endset %}",
+    "{{ ('<!---->' * 2000000) | striptags }}",
+    "{{ ('a b ' * 4000000) | title }}",
+)
 
 
 @pytest.mark.parametrize(
@@ -103,14 +139,29 @@ def test_sandbox_holds(source):
         "{% set ns = namespace(x='a') %}{% for i in range(99) %}"
         "{% set ns.x %}{{ ns.x }}{{ ns.x }}{% endset %}{% endfor %}",
         "{% for a in range(99999) %}{{ 'a' * 9999 }}{% endfor %}",
+        *(f"{{% set big = 'ab' * 4000000 %}}{{% set b = ['x'] %}}{bomb}" for bomb in BOMBS_OF_BIG),
+        "{{ (1).to_bytes(1000000000, 'big') }}",
+        "{{ 'a'.encode().ljust(1000000000) }}",
+        "{{ lipsum(n=1000000) }}",
+        "{{ '%*d' % (1000000000, 1) }}",
+        "{{ strftime_now('%1000000000Y') }}",
+        "{% set n = namespace(x=[]) %}{% for i in range(64) %}"
+        "{% set n.x = [n.x, n.x] %}{% endfor %}{{ n.x }}",
+        "{% set n = namespace(x=3) %}{% for i in range(99) %}{% set n.x = n.x * n.x %}{% endfor %}",
+        "{% set n = namespace(x=[]) %}{% for i in range(9999) %}"
+        "{% set n.x = n.x + ['a' * 9000000 ~ i] %}{% endfor %}",
+        "{% set n = namespace(x=[0]) %}{% for i in range(99) %}"
+        "{% set n.x = n.x + n.x %}{% endfor %}",
+        "{{ ([[1]] * 100000) | sum(start=[]) }}",
     ],
 )
 def test_caps_stop_bombs(source, monkeypatch):
     monkeypatch.setattr("nibble.data.template.MAX_RENDER_S", 0.3)
-    start = time.monotonic()
+    start, before = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(TemplateError):
         text_of(source)
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 3
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 512 << 10
 
 
 def test_generation_marks():

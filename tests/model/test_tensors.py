@@ -72,12 +72,22 @@ BROKEN_HEADERS = {
     ),
     "infinite size": (
         {"a": {"dtype": "F32", "shape": [float("inf")], "data_offsets": [0, 4]}},
-        "entry for 'a'",
+        "broken header: it has the value Infinity",
     ),
     "broken size": (
         {"a": {"dtype": "F32", "shape": [1.5], "data_offsets": [0, 4]}},
         "entry for 'a'",
     ),
+    "a key twice": (b'{"a": 1, "a": 1}', "has the key 'a' twice"),
+    "more dimensions than any tensor": (
+        {"a": {"dtype": "F32", "shape": [1] * 17, "data_offsets": [0, 4]}},
+        "entry for 'a'",
+    ),
+    "a longer dimension than any tensor": (
+        {"a": {"dtype": "F32", "shape": [0, 2**63], "data_offsets": [0, 0]}},
+        "entry for 'a'",
+    ),
+    "too long": (b" " * 16_000_001, "larger than 16,000,000 bytes"),
     "too deep": (b"[" * 100_000, "broken header"),
     "cut off": ({"a": {"dtype": "F32", "shape": [9], "data_offsets": [0, 36]}}, "is cut off"),
 }
