@@ -16,7 +16,9 @@ import pytest
 from nibble.disk import FAULT_POINTS
 
 KILLED_RUN = Path(__file__).with_name("killed_run.py")
-NUM_STEPS = 60 if os.environ.get("NIBBLE_TORTURE") == "1" else 30
+IS_TORTURE = os.environ.get("NIBBLE_TORTURE") == "1"
+NUM_STEPS = 60 if IS_TORTURE else 30
+NUM_EXACT_STEPS = 100 if IS_TORTURE else 30
 # What a run measures of itself, beside what it computes.
 MEASURED = ("tokens_per_s", "peak_memory_bytes")
 
@@ -108,30 +110,29 @@ def _evenly(items, count):
 
 
 @pytest.mark.torture
-def test_killed_at_any_point_and_run_again_equals_uninterrupted(case, is_torture):
+def test_killed_at_any_point_and_run_again_equals_uninterrupted(case):
     """At every step, and before, during and after each save; each third run dies twice."""
-    chosen = _chosen(case.points, 130 if is_torture else 8)
-    for number, kill_at in enumerate(chosen):
+    num_kills = 0
+    for number, kill_at in enumerate(_chosen(case.points, 120 if IS_TORTURE else 8)):
         assert case.run("killed", kill_at=kill_at) == -9
+        num_kills += 1
         if number % 3 == 0:
-            case.run("killed", kill_at=1 + kill_at // 2)
+            num_kills += case.run("killed", kill_at=1 + kill_at // 2) == -9
         assert case.run("killed") == 0
         assert case.results("killed") == case.expected, (kill_at, case.points[kill_at - 1])
         shutil.rmtree(case.folder / "killed")
-    print(
-        f"{case.settings[0]}: {len(chosen)} kills at fault points of {len(case.points)}, all equal"
-    )
+    print(f"{case.settings[0]}: {num_kills} kills at {len(case.points)} fault points, all equal")
 
 
 @pytest.mark.torture
-def test_killed_at_any_time_and_run_again_equals_uninterrupted(case, is_torture):
+def test_killed_at_any_time_and_run_again_equals_uninterrupted(case):
     rng, num_kills = random.Random(0), 0
     began = time.monotonic()
     assert case.run("timed") == 0
     seconds = time.monotonic() - began
     assert case.results("timed") == case.expected
     shutil.rmtree(case.folder / "timed")
-    while num_kills < (20 if is_torture else 2):
+    while num_kills < (10 if IS_TORTURE else 2):
         process = case.start("timed")
         time.sleep(seconds * rng.uniform(0.2, 0.95))
         process.kill()
@@ -143,12 +144,14 @@ def test_killed_at_any_time_and_run_again_equals_uninterrupted(case, is_torture)
     print(f"{case.settings[0]}: {num_kills} kills at random times, all equal")
 
 
-def test_exact_runs_of_100_steps(case):
+@pytest.mark.torture
+def test_exact_runs_are_equal(case):
     """Two, and one that was killed: the same bits."""
-    settings = ("train.exactness=exact", "train.steps=100")
-    for name, kill_at in (("first", 0), ("second", 0), ("third", 300)):
+    settings = ("train.exactness=exact", f"train.steps={NUM_EXACT_STEPS}")
+    for name, kill_at in (("first", 0), ("second", 0), ("third", 2 * len(case.points) // 3)):
         assert case.run(name, *settings, kill_at=kill_at) == (-9 if kill_at else 0)
     assert case.run("third", *settings) == 0
     first, second, third = (case.results(name) for name in ("first", "second", "third"))
     assert first == second == third
     assert "exact: the same inputs" in (case.folder / "first/adapter/README.md").read_text()
+    print(f"{case.settings[0]}: three exact runs of {NUM_EXACT_STEPS} steps, one killed, all equal")
