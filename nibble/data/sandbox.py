@@ -315,6 +315,9 @@ def _checked_filter(
         value = list(value)
         separator = str(rest[0]) if rest else str(kwargs.get("d", ""))
         _refuse_size(weigh(value) + len(separator) * len(value))
+    elif name == "indent" and not isinstance(value, str):
+        # jinja2 would add to a list in place, and so to the messages.
+        raise TemplateError("it indents what is no text")
     elif name == "indent":
         widths = (len(v) if isinstance(v, str) else v for v in values if isinstance(v, int | str))
         _refuse_size(str(value).count("\n") * max(widths, default=4))

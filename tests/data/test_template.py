@@ -1,5 +1,6 @@
 """Templates render as transformers renders them, and cannot harm."""
 
+import copy
 import resource
 import time
 
@@ -67,6 +68,7 @@ def test_plain_template():
         "{{ (messages | map(attribute='__class__') | list)[0].__mro__ }}",
         "{{ '{0.__class__.__mro__}'.format(messages) }}",
         "{{ messages.append(1) }}",
+        "{{ messages | indent }}",
         "{{ messages[0].update({'role': 'x'}) }}",
         "{{ ''['__cl' ~ 'ass__'] }}",
         "{{ ''|attr('__class__') }}",
@@ -85,7 +87,7 @@ def test_plain_template():
     ],
 )
 def test_sandbox_holds(source):
-    before = [dict(turn) for turn in TURNS]
+    before = copy.deepcopy(TURNS)
     try:
         text = text_of(source)
     except TemplateError:
@@ -113,6 +115,7 @@ BOMBS_OF_BIG = (
     "{{ 'aaaa'.translate({97: big}) }}",
     "{% set x %}" + "{{ big }}" * 1000 + "{% endset %}",
     "{{ ('<!---->' * 2000000) | striptags }}",
+    "".join(f"{{% set a{i} = big ~ {i} %}}" for i in range(300)),
     "{{ ('a b ' * 4000000) | title }}",
 )
 

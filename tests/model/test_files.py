@@ -77,3 +77,44 @@ def test_find_model_takes_a_folder_as_it_is(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "m").mkdir()
     assert find_model("~/m") == tmp_path / "m"
+
+
+@pytest.fixture
+def snapshot(folder, tmp_path):
+    """The folder as the cache of the hub keeps it: links to blobs."""
+    repository = tmp_path / "models--someone--tiny"
+    made = repository / "snapshots" / ("a" * 40)
+    made.mkdir(parents=True)
+    (repository / "blobs").mkdir()
+    for number, path in enumerate(sorted(folder.glob("*.*"))):
+        path.rename(repository / "blobs" / str(number))
+        (made / path.name).symlink_to(f"../../blobs/{number}")
+    return made
+
+
+def test_the_cache_of_the_hub_is_made_of_links(snapshot):
+    assert set(read_index(snapshot)) == {"a", "b", "c"}
+
+
+def test_a_snapshot_links_to_its_own_blobs_only(snapshot, tmp_path):
+    outside = tmp_path / "outside.json"
+    outside.write_text("{}")
+    (snapshot / "config.json").symlink_to(outside)
+    with pytest.raises(ModelError, match="leaves its folder"):
+        read_index(snapshot)
+
+
+def test_blobs_may_not_be_a_link_themselves(snapshot, tmp_path):
+    blobs = snapshot.parents[1] / "blobs"
+    blobs.rename(tmp_path / "elsewhere")
+    blobs.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ModelError, match="leaves its folder"):
+        read_index(snapshot)
+
+
+@pytest.mark.parametrize("key", ["hidden_act", "model_type", "rope_type"])
+def test_a_choice_that_is_no_word_is_refused(key, tmp_path):
+    config = {"model_type": "llama", "hidden_size": 8, key: "../a"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=f"{key} is '../a', expected a word"):
+        read_config(tmp_path)
