@@ -208,7 +208,7 @@ def measure_cpu(seconds: float = 0.1) -> tuple[float, float]:
 
     from nibble.kernels.products import cpu_product_dtype
 
-    left, right = torch.randn(2, 1024, 1024).to(cpu_product_dtype())
+    left, right = torch.full((2, 1024, 1024), 0.5, dtype=cpu_product_dtype())
     product_s = _best_time(lambda: left @ right, seconds / 2)
     source = torch.zeros(64 * MIB, dtype=torch.uint8)
     target = torch.zeros_like(source)
