@@ -17,8 +17,8 @@ from nibble.disk import FAULT_POINTS
 
 KILLED_RUN = Path(__file__).with_name("killed_run.py")
 IS_TORTURE = os.environ.get("NIBBLE_TORTURE") == "1"
-NUM_STEPS = 60 if IS_TORTURE else 30
-NUM_EXACT_STEPS = 100 if IS_TORTURE else 30
+NUM_STEPS = 60 if IS_TORTURE else 20
+NUM_EXACT_STEPS = 100 if IS_TORTURE else 20
 # What a run measures of itself, beside what it computes.
 MEASURED = ("tokens_per_s", "peak_memory_bytes")
 

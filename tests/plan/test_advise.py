@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -54,6 +55,9 @@ def test_the_cases_of_the_field_come_out():
     assert DECISIONS["llama-2-7b on 80 GB"]["method"] == "lora"
 
 
+NUM_EXAMPLES = 100 if os.environ.get("NIBBLE_TORTURE") == "1" else 50
+
+
 def question(memory=10**11, **settings_):
     run = nibble.load_config(None, [f"{k.replace('__', '.')}={v}" for k, v in settings_.items()])
     device = replace(GPU, memory_bytes=memory)
@@ -72,7 +76,8 @@ def shared_forecasts():
     return of
 
 
-@settings(max_examples=100, deadline=None)
+@pytest.mark.torture
+@settings(max_examples=NUM_EXAMPLES, deadline=None)
 @given(st.tuples(*[st.integers(540, 700)] * 2).map(sorted), st.sampled_from([64, 512]))
 def test_more_memory_is_never_slower(shared_forecasts, pair, length):
     def chosen(megabytes):
@@ -87,7 +92,8 @@ def test_more_memory_is_never_slower(shared_forecasts, pair, length):
         assert more.forecast.step_seconds <= less.forecast.step_seconds
 
 
-@settings(max_examples=100, deadline=None)
+@pytest.mark.torture
+@settings(max_examples=NUM_EXAMPLES, deadline=None)
 @given(
     st.tuples(*[st.integers(1, 40)] * 2).map(sorted),
     st.sampled_from(["lora", "qlora"]),
@@ -131,15 +137,15 @@ def test_given_settings_are_kept():
 
 
 def test_a_pass_of_the_users_that_is_too_large_is_given_back_to_the_planner():
-    one_row = advise(question(train__recompute="none", train__batch_size=64, method="lora"))
+    one_row = advise(question(train__recompute="none", train__batch_size=16, method="lora"))
     asked = question(
         one_row.forecast.needed_bytes + CONTEXT_BYTES,
-        train__recompute="none", train__batch_size=64, train__micro_batch_size=64, method="lora",
+        train__recompute="none", train__batch_size=16, train__micro_batch_size=16, method="lora",
     )  # fmt: skip
     choice = advise(asked)
     assert not choice.fits
-    assert choice.forecast.option.micro_batch_size == 64
-    assert "64 rows a pass" in choice.reasons[0]
+    assert choice.forecast.option.micro_batch_size == 16
+    assert "16 rows a pass" in choice.reasons[0]
     assert choice.changes[0] == "train.micro_batch_size=auto"
 
 
