@@ -1,11 +1,15 @@
 """The main job on a CUDA device: `make gpu-check` runs these."""
 
 import json
+import os
+import signal
 
 import pytest
 import torch
 
 import nibble
+from nibble.disk import file_sha256
+from nibble.errors import StoppedError
 from nibble.events import StepEnd, read_events
 from nibble.model.recompute import HostInputs
 from nibble.train.optimizer import AdamW, ParameterGroup
@@ -96,3 +100,30 @@ def test_three_steps(tiny_model_folder, tmp_path, family, method, more):
     events = read_events(result.out / "events.jsonl")
     losses = [event.loss for event in events if isinstance(event, StepEnd)]
     assert losses[2] < losses[0]
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_exact_runs_are_equal_and_so_is_one_that_was_stopped(tiny_model_folder, tmp_path, method):
+    data = tmp_path / "train.jsonl"
+    rows = [{"prompt": f"say {n} again", "completion": f"{n} again"} for n in range(40)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def run(name):
+        settings = [
+            *(f"model.name={tiny_model_folder('llama')}", f"data.train={data}"),
+            *(f"out={tmp_path / name}", f"method={method}", "data.max_seq_len=128"),
+            *("train.steps=100", "train.exactness=exact", "lora.dropout=0.1"),
+            *("train.batch_size=4", "train.micro_batch_size=2"),
+        ]
+        return nibble.load_config(None, settings)
+
+    def stop_halfway(event):
+        if isinstance(event, StepEnd) and event.step == 50:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    first, second = (nibble.train(run(name)) for name in ("first", "second"))
+    with pytest.raises(StoppedError):
+        nibble.train(run("third"), stop_halfway)
+    third = nibble.train(run("third"))
+    files = [result.adapter / "adapter_model.safetensors" for result in (first, second, third)]
+    assert len({file_sha256(file) for file in files}) == 1
