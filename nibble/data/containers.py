@@ -6,24 +6,52 @@ DataError itself; where the rest of the file is lost, the error is raised.
 
 import codecs
 import csv
-import io
 import json
 import os
 import re
 from collections.abc import Iterator, Mapping
-from itertools import chain
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from nibble.data.faults import fault
+from nibble.data.strict_json import first_twice, json_fault, parse, parse_element
 from nibble.errors import DataError, UnavailableError, did_you_mean
+
+# A line is held in memory whole, with its text and its row beside it.
+MAX_LINE_BYTES = 64 * 2**20
 
 _SPACE = re.compile(r"[ \t\r\n]*")
 _DATA_EXTRA = "pip install 'nibble[data]'"
+_PACKED_SUFFIXES = (".gz", ".bz2", ".xz", ".zst", ".zip")
+_PACKED = {
+    b"\x1f\x8b": "gzip",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ\x00": "xz",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"PK\x03\x04": "zip",
+}
 
 
 def refuse_bad_file(path: Path, suffixes: Mapping[str, str]) -> None:
-    """Raise for a file that is missing, a folder, empty, unreadable or of an unknown ending."""
+    """Raise for a path that is no file, and for a file whose first bytes show it is unusable."""
+    name = str(path)
+    try:
+        _refuse_no_file(path, suffixes)
+        with path.open("rb") as file:
+            start = file.read(6)
+        size = path.stat().st_size
+    except OSError as error:
+        raise fault("unreadable-file", path=name, why=error.strerror) from None
+    packed = next((kind for magic, kind in _PACKED.items() if start.startswith(magic)), "")
+    if packed:
+        raise fault("packed-file", path=name, found=packed)
+    if start.removeprefix(codecs.BOM_UTF8) == b"" and size <= 3:
+        raise fault("empty-file", path=name)
+    if _is_utf16(start):
+        raise fault("utf16", path=name, line=1)
+
+
+def _refuse_no_file(path: Path, suffixes: Mapping[str, str]) -> None:
     name = str(path)
     if not path.exists():
         near = sorted(p.name for p in path.parent.glob("*")) if path.parent.is_dir() else []
@@ -32,17 +60,19 @@ def refuse_bad_file(path: Path, suffixes: Mapping[str, str]) -> None:
     if path.is_dir():
         files = [p.name for p in sorted(path.iterdir()) if p.suffix.lower() in suffixes]
         raise fault("is-folder", path=name, files=", ".join(files[:8]) or "(none is usable)")
-    if path.suffix.lower() not in suffixes:
+    if not path.is_file():  # opening a pipe would wait for a writer
+        raise fault("not-regular", path=name)
+    suffix = path.suffix.lower()
+    if suffix in _PACKED_SUFFIXES:
+        raise fault("packed-file", path=name, found=suffix)
+    if suffix not in suffixes:
         raise fault("unknown-suffix", path=name, suffix=path.suffix, known=" ".join(suffixes))
-    try:
-        with path.open("rb") as file:
-            start = file.read(4)
-    except OSError as error:
-        raise fault("unreadable-file", path=name, why=error.strerror) from None
-    if start.removeprefix(codecs.BOM_UTF8) == b"" and path.stat().st_size <= 3:
-        raise fault("empty-file", path=name)
-    if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        raise fault("utf16", path=name, line=1)
+
+
+def _is_utf16(start: bytes) -> bool:
+    """UTF-16 or UTF-32 by its byte order mark, or by every other byte of ASCII being zero."""
+    has_mark = start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE))
+    return has_mark or (len(start) > 1 and (start[0] == 0) != (start[1] == 0))
 
 
 def decode(raw: bytes, path: str, line: int) -> str:
@@ -59,9 +89,8 @@ def decode(raw: bytes, path: str, line: int) -> str:
 
 def rows_of_json(path: Path) -> Iterator[tuple[int, object]]:
     """The rows of JSONL, of an array, or (in .json) of {"data": [...]}; the content decides."""
-    with path.open("rb") as file:
-        first = next((raw for raw in file if raw.removeprefix(codecs.BOM_UTF8).strip()), b"")
-    start = first.removeprefix(codecs.BOM_UTF8).strip()
+    contents = (_content(raw, line) for line, raw in _lines(path))
+    start = next((content for content in contents if content), b"")
     is_json = path.suffix.lower() == ".json"
     if start.startswith(b"[") or (is_json and _is_wrapped(start)):
         yield from _rows_of_array(path)
@@ -80,56 +109,39 @@ def _is_wrapped(first_line: bytes) -> bool:
     return isinstance(row.get("data"), list)
 
 
-def _rows_of_lines(path: Path) -> Iterator[tuple[int, object]]:
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Lines with their numbers; of one that is too long, its first MAX_LINE_BYTES + 1 bytes."""
+    size = MAX_LINE_BYTES + 1
     with path.open("rb") as file:
-        for line, raw in enumerate(file, start=1):
-            if raw.removeprefix(codecs.BOM_UTF8).strip(b" \t\r\n"):
-                yield line, _row_of_line(raw, str(path), line)
+        line = 0
+        while raw := file.readline(size):
+            line += 1
+            yield line, raw
+            while len(raw) == size and not raw.endswith(b"\n"):
+                raw = file.readline(size)
 
 
-def _row_of_line(raw: bytes, path: str, line: int) -> object:
+def _content(raw: bytes, line: int) -> bytes:
+    """A line without white space around it, the first without its byte order mark."""
+    return (raw.removeprefix(codecs.BOM_UTF8) if line == 1 else raw).strip(b" \t\r\n")
+
+
+def _rows_of_lines(path: Path) -> Iterator[tuple[int, object]]:
+    for line, raw in _lines(path):
+        if content := _content(raw, line):
+            yield line, _row_of_line(content, raw, str(path), line)
+
+
+def _row_of_line(content: bytes, raw: bytes, path: str, line: int) -> object:
     """The row, or the DataError that says why there is none."""
+    if len(raw) > MAX_LINE_BYTES:
+        return fault("long-line", path=path, line=line, limit=MAX_LINE_BYTES)
+    if content.startswith(codecs.BOM_UTF8):
+        return fault("inner-bom", path=path, line=line)
     try:
-        return _parse(decode(raw, path, line).strip(" \t\r\n"), path, line)
+        return parse(decode(raw, path, line).strip(" \t\r\n"), path, line)
     except DataError as error:
         return error
-
-
-def _parse(text: str, path: str, line: int) -> object:
-    try:
-        row, end = _decoder(path, line).raw_decode(text)
-    except DataError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise _json_fault(error, path, line) from None
-    if end != len(text):
-        raise fault("several-values", path=path, line=line, column=end + 1)
-    return row
-
-
-def _decoder(path: str, line: int) -> json.JSONDecoder:
-    def object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        row = dict(pairs)
-        if len(row) != len(pairs):
-            keys = [key for key, _ in pairs]
-            twice = next(key for key in keys if keys.count(key) > 1)
-            raise fault("duplicate-key", path=path, line=line, key=twice)
-        return row
-
-    def constant(value: str) -> NoReturn:
-        raise fault("json-number", path=path, line=line, value=value)
-
-    return json.JSONDecoder(object_pairs_hook=object_of, parse_constant=constant)
-
-
-def _json_fault(error: Exception, path: str, line: int) -> DataError:
-    """The fault for what the decoder raised; `line` is where its text starts."""
-    if isinstance(error, RecursionError):
-        return fault("json-too-deep", path=path, line=line)
-    if isinstance(error, json.JSONDecodeError):
-        line += error.lineno - 1
-        return fault("bad-json", path=path, line=line, column=error.colno, why=error.msg)
-    return fault("huge-number", path=path, line=line)
 
 
 def _rows_of_array(path: Path) -> Iterator[tuple[int, object]]:
@@ -144,27 +156,15 @@ def _rows_of_array(path: Path) -> Iterator[tuple[int, object]]:
     at, line, counted = _skip(text, at + 1), 1, 0
     while not text.startswith("]", at):
         line, counted = line + text.count("\n", counted, at), at
-        row, at = _element(text, at, name)
+        if at >= len(text):
+            raise fault("array-not-closed", path=name, line=line)
+        row, at = parse_element(text, at, name, line)
         yield line, row
         at = _after_comma(text, at, name)
     end = _skip(text, at + 1)
     if not is_wrapped and end != len(text):
         line, column = _place(text, end)
         raise fault("trailing-text", path=name, line=line, column=column)
-
-
-def _element(text: str, at: int, path: str) -> tuple[object, int]:
-    line, _ = _place(text, at) if at < len(text) else (text.count("\n") + 1, 0)
-    if at >= len(text):
-        raise fault("array-not-closed", path=path, line=line)
-    try:
-        return _decoder(path, line).raw_decode(text, at)
-    except DataError as error:  # a fault inside: find the end without the checks
-        return error, json.JSONDecoder().raw_decode(text, at)[1]
-    except json.JSONDecodeError as error:
-        raise _json_fault(error, path, 1) from None
-    except (ValueError, RecursionError) as error:
-        raise _json_fault(error, path, line) from None
 
 
 def _after_comma(text: str, at: int, path: str) -> int:
@@ -198,7 +198,7 @@ def _find_data(text: str, at: int, path: str) -> int:
             else:
                 at = _skip(text, at)
     except (ValueError, RecursionError) as error:
-        raise _json_fault(error, path, 1) from None
+        raise json_fault(error, path, 1) from None
     raise fault("not-array", path=path, line=1, found="an object")
 
 
@@ -223,33 +223,45 @@ def _place(text: str, at: int) -> tuple[int, int]:
 def rows_of_csv(path: Path) -> Iterator[tuple[int, object]]:
     """The rows under the header; a row's line is the one it begins on."""
     name = str(path)
-    raw_lines = path.read_bytes().split(b"\n")
-    text = "\n".join(decode(raw, name, n) for n, raw in enumerate(raw_lines, start=1))
+    lines, bad_lines = _text_lines(path)
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
     csv.field_size_limit(2**31 - 1)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
     header: list[str] = []
     line = 1
     try:
         for fields in reader:
             start, line = line, reader.line_num + 1
-            if not fields:
-                continue
+            bad = next((bad_lines[n] for n in range(start, line) if n in bad_lines), None)
+            if not header and bad:
+                raise bad
             if not header:
-                header = _header(fields, name, start)
-            else:
-                yield start, _fields_to_row(fields, header, name, start)
-    except csv.Error as error:
-        raise fault("bad-csv", path=name, line=line, why=error) from None
+                header = _header(fields, name, start) if fields else []
+            elif fields:
+                yield start, bad or _fields_to_row(fields, header, name, start)
+    except csv.Error as error:  # what follows may stand within quotes or not
+        raise fault("bad-csv", path=name, line=line, seen=reader.line_num, why=error) from None
+
+
+def _text_lines(path: Path) -> tuple[list[str], dict[int, DataError]]:
+    """The lines as text, and by number the faults of those that are not UTF-8."""
+    lines: list[str] = []
+    bad: dict[int, DataError] = {}
+    for number, raw in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
+        try:
+            lines.append(decode(raw, str(path), number))
+        except DataError as error:
+            bad[number] = error
+            lines.append(raw.decode("utf-8", "replace"))
+    return lines, bad
 
 
 def _header(fields: list[str], path: str, line: int) -> list[str]:
     names = [field.strip() for field in fields]
-    for column, name in enumerate(names, start=1):
-        if not name:
-            raise fault("csv-no-name", path=path, line=line, column=column)
-        if names.count(name) > 1:
-            raise fault("csv-same-name", path=path, line=line, key=name)
+    if "" in names:
+        raise fault("csv-no-name", path=path, line=line, column=names.index("") + 1)
+    if twice := first_twice(names):
+        raise fault("csv-same-name", path=path, line=line, key=twice)
     if len(names) == 1 and re.search(r"[;\t|]", names[0]):
         raise fault("csv-delimiter", path=path, line=line, key=names[0])
     return names
@@ -274,13 +286,37 @@ def rows_of_parquet(path: Path) -> Iterator[tuple[int, object]]:
     line = 0
     try:
         with parquet.ParquetFile(path) as file:
-            batches = (batch.to_pylist() for batch in file.iter_batches(batch_size=1024))
-            for row in chain.from_iterable(batches):
-                line += 1
+            if twice := first_twice(file.schema_arrow.names):
+                raise fault("parquet-same-name", path=str(path), key=twice)
+            for line, row in _numbered_rows(file, str(path)):
                 yield line, row
     except (pyarrow.ArrowException, OSError) as error:
         why = str(error).split("\n")[0][:200]
         raise fault("bad-parquet", path=str(path), line=line, why=why) from None
+
+
+def _numbered_rows(file: Any, path: str) -> Iterator[tuple[int, object]]:
+    line = 0
+    for batch in file.iter_batches(batch_size=1024):
+        for row in _rows_of_batch(batch, path, line + 1):
+            line += 1
+            yield line, row
+
+
+def _rows_of_batch(batch: Any, path: str, line: int) -> Iterator[object]:
+    """The rows of a batch, one by one where a value has no form in Python."""
+    try:
+        yield from batch.to_pylist()
+    except (ValueError, ArithmeticError):
+        for number in range(batch.num_rows):
+            yield _row_of_batch(batch.slice(number, 1), path, line + number)
+
+
+def _row_of_batch(row: Any, path: str, line: int) -> object:
+    try:
+        return row.to_pylist()[0]
+    except (ValueError, ArithmeticError) as error:
+        return fault("bad-parquet-row", path=path, line=line, why=error)
 
 
 def rows_of_hub(source: str) -> Iterator[tuple[int, object]]:

@@ -208,7 +208,7 @@ def _build_part(
     name: str, source: Source, examples: Sequence[Example], data: DataConfig
 ) -> tuple[list[Row], PartReport, list[str]]:
     if not examples:
-        first = source.bad_rows[0] if source.bad_rows else ""
+        first = source.bad_rows[0].what if source.bad_rows else ""
         raise fault("no-target", why=f"{name} has no usable row of {source.num_read:,}; {first}")
     fitted, counts = fit(examples, data.max_seq_len, data.on_long_row)
     is_packed = data.packing and name == "train"

@@ -5,11 +5,19 @@ A reason is a sentence with the particulars in braces; `fault` fills them in and
 
 from nibble.errors import DataError
 
+# Particulars come from the file, which may hold a name of a megabyte.
+MAX_SHOWN_CHARS = 300
+
 # name: (what is wrong and what was expected, what to do about it)
 FAULTS: dict[str, tuple[str, str]] = {
     # the file
     "missing-file": ("there is no such file{hint}", "check the path"),
     "is-folder": ("this is a folder, expected a file", "name one file in it: {files}"),
+    "not-regular": (
+        "this is a pipe or a device, expected a file",
+        "write the rows to a file and name that",
+    ),
+    "packed-file": ("the file is packed ({found}), expected plain rows", "unpack it first"),
     "unreadable-file": ("the file cannot be read: {why}", "check its permissions"),
     "unknown-suffix": (
         'the ending "{suffix}" is not known, expected one of {known}',
@@ -17,10 +25,18 @@ FAULTS: dict[str, tuple[str, str]] = {
     ),
     "empty-file": ("the file is empty, expected at least one row", "put examples into it"),
     "no-rows": ("the file holds no rows, expected at least one", "put examples into it"),
-    "utf16": ("the file is UTF-16, expected UTF-8", "save it as UTF-8"),
+    "utf16": ("the file is UTF-16 or UTF-32, expected UTF-8", "save it as UTF-8"),
     "bad-utf8": (
         "byte {column} of the line is not UTF-8 (0x{byte:02x})",
         "save the file as UTF-8, for example: iconv -f latin1 -t utf-8",
+    ),
+    "inner-bom": (
+        "a byte order mark stands at the start of the line, expected at most one in the file",
+        "remove it: two files were joined here",
+    ),
+    "long-line": (
+        "the line is longer than {limit:,} bytes",
+        "split the row, or write the file as an array in .json",
     ),
     "nul": ("{where} holds a NUL character", "remove it: text has no use for it"),
     "lone-surrogate": (
@@ -33,7 +49,10 @@ FAULTS: dict[str, tuple[str, str]] = {
         "column {column}: something follows the object, expected one object a line",
         "put each object on its own line",
     ),
-    "json-too-deep": ("the JSON is nested too deeply", "flatten the row"),
+    "json-too-deep": (
+        "the JSON is nested too deeply: more than {limit} levels",
+        "flatten the row",
+    ),
     "json-number": ('"{value}" is not JSON', "write null, or a text"),
     "huge-number": ("a number has too many digits", "write it as a text"),
     "duplicate-key": ('the key "{key}" stands twice in one object', "keep one of them"),
@@ -45,7 +64,10 @@ FAULTS: dict[str, tuple[str, str]] = {
     "array-comma": ("column {column}: expected a comma or ] after a row", "correct the JSON there"),
     "trailing-text": ("column {column}: text after the end of the array", "remove it"),
     # CSV
-    "bad-csv": ("the CSV is broken: {why}", "check the quotes around this row"),
+    "bad-csv": (
+        "the CSV is broken: the row that begins here fails in line {seen}: {why}",
+        "check the quotes around this row",
+    ),
     "csv-no-name": ("column {column} of the header has no name", "name every column"),
     "csv-same-name": ('two columns are called "{key}"', "rename one"),
     "csv-fields": (
@@ -58,6 +80,8 @@ FAULTS: dict[str, tuple[str, str]] = {
     ),
     # Parquet
     "bad-parquet": ("this is not a Parquet file that can be read: {why}", "write it again"),
+    "bad-parquet-row": ("a value of the row cannot be read: {why}", "correct it or remove the row"),
+    "parquet-same-name": ('two columns are called "{key}"', "rename one"),
     # the row
     "not-object": (
         "the row is {found}, expected an object",
@@ -117,6 +141,15 @@ FAULTS: dict[str, tuple[str, str]] = {
         "turn {turn} ({role}) has a weight, expected it on assistant turns only",
         "remove it: other turns are never trained",
     ),
+    "too-many-turns": (
+        'the list "{field}" has {found:,} turns, more than {limit:,}',
+        "split the conversation",
+    ),
+    "not-finite": ("{where} holds a number that is not finite", "write null, or a text"),
+    "foreign-value": (
+        "{where} holds a value of type {found}, expected what JSON has",
+        "write it as a text",
+    ),
     "bad-tool-calls": ('turn {turn}: "tool_calls" is wrong: {why}', "write them as OpenAI does"),
     "calls-not-assistant": (
         "turn {turn} ({role}) has tool calls, expected them on assistant turns only",
@@ -131,7 +164,10 @@ FAULTS: dict[str, tuple[str, str]] = {
         '"history" is wrong, expected a list of [question, answer] pairs of texts',
         "write pairs of texts",
     ),
-    "bad-cell": ('the cell "{field}" is not JSON: {why}', "write the turns as a JSON list"),
+    "bad-cell": (
+        'the cell "{field}" is not JSON that a row may hold: {why}',
+        "write the turns as a JSON list",
+    ),
     # the template
     "template-refuses": (
         "the model's chat template does not take this conversation: {why}",
@@ -170,8 +206,17 @@ def fault(name: str, *, path: str = "", line: int = 0, **particulars: object) ->
       fix: remove it or fill it
     """
     reason, fix = FAULTS[name]
-    error = DataError(
-        reason.format(**particulars), path=path, line=line, fix=fix.format(**particulars)
-    )
+    shown = {key: _shown(value) for key, value in particulars.items()}
+    path = path.encode("utf-8", "backslashreplace").decode()
+    error = DataError(reason.format(**shown), path=path, line=line, fix=fix.format(**shown))
     error.add_note(name)
     return error
+
+
+def _shown(value: object) -> object:
+    """A particular as a person may see it: short, and nothing that a terminal obeys."""
+    if isinstance(value, int | float):
+        return value
+    text = str(value)
+    short = text if len(text) <= MAX_SHOWN_CHARS else text[:MAX_SHOWN_CHARS] + "..."
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in short)

@@ -9,18 +9,27 @@
 Other columns are allowed and unused. Nothing here reads files.
 """
 
-import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
 from nibble.data.faults import fault
-from nibble.data.turns import Conversation, Message, Place, clean, kind, read_turns
+from nibble.data.turns import (
+    Conversation,
+    Message,
+    Place,
+    check_values,
+    clean,
+    kind,
+    parse_cell,
+    read_turns,
+)
 from nibble.errors import did_you_mean
 
 PROMPTS = ("prompt", "instruction", "question", "input", "query", "problem", "user")
 COMPLETIONS = ("completion", "response", "answer", "output", "solution", "assistant")
 FORMATS = ("messages", "sharegpt", "alpaca", "prompt-completion", "text")
+_MAX_HINTS = 20
 _PREFERENCE = {"chosen", "rejected"}
 _CLAIMED = {
     "messages": "messages",
@@ -48,7 +57,8 @@ def detect_format(columns: Iterable[str], *, path: str = "", line: int = 0) -> s
     if _PREFERENCE & set(names):
         raise place.fault("preference-row", columns=", ".join(names))
     known = ("messages", "conversations", "text", *PROMPTS, *COMPLETIONS)
-    hints = [did_you_mean(name, known) for name in names if name not in known]
+    unknown = [name for name in names if name not in known]
+    hints = [did_you_mean(name[:40], known) for name in unknown[:_MAX_HINTS]]
     hint = next((f" ({text})" for text in hints if text), "")
     raise place.fault("unknown-columns", columns=", ".join(names) or "(none)", hint=hint)
 
@@ -179,14 +189,12 @@ _READERS: dict[str, Callable[[Mapping[str, Any], Place], list[Message]]] = {
 def _tools(row: Mapping[str, Any], place: Place) -> tuple[Mapping[str, Any], ...]:
     tools = row.get("tools")
     if isinstance(tools, str) and tools.strip():
-        try:
-            tools = json.loads(tools)
-        except ValueError as error:
-            raise place.fault("bad-cell", field="tools", why=error) from None
+        tools = parse_cell(tools, "tools", place)
     if not tools:
         return ()
     if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
         raise place.fault("bad-tools", found=kind(tools))
+    check_values(tools, '"tools"', place)
     return tuple(tools)
 
 

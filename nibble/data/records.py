@@ -11,7 +11,9 @@ A row that is wrong is a DataError naming file, line, reason and fix: raised, or
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
+from typing import TypeVar
 
 from nibble.data.containers import (
     decode,
@@ -40,6 +42,7 @@ SUFFIXES = {
     ".md": "text",
 }
 
+T = TypeVar("T")
 Row = tuple[int, object]
 """A line number from 1 and what stands there, or the DataError that says why nothing does."""
 
@@ -65,11 +68,11 @@ def read_records(
     check_format_name(format)
     path, rows = _open(str(source))
     if rows is None:
-        yield _text_document(path)
+        yield from _readable(_text_document(path), path)
         return
     count = 0
     first: tuple[str, int] | None = None
-    for line, row in rows:
+    for line, row in _readable(rows, path):
         count += 1
         try:
             conversation = _row_to_conversation(row, format, path, line)
@@ -88,8 +91,10 @@ def read_records(
 
 def _open(source: str) -> tuple[str, Iterator[Row] | None]:
     """The name to show and the rows, or None for a plain text file."""
-    path = Path(source).expanduser()
-    if not path.exists() and _looks_like_hub_id(source):
+    path = Path(source)
+    with suppress(RuntimeError):  # ~name of nobody is a name like any other
+        path = path.expanduser()
+    if not _exists(path) and _looks_like_hub_id(source):
         return source, rows_of_hub(source)
     refuse_bad_file(path, SUFFIXES)
     kind = SUFFIXES[path.suffix.lower()]
@@ -97,6 +102,22 @@ def _open(source: str) -> tuple[str, Iterator[Row] | None]:
         return str(path), None
     readers = {"json": rows_of_json, "csv": rows_of_csv, "parquet": rows_of_parquet}
     return str(path), readers[kind](path)
+
+
+def _exists(path: Path) -> bool:
+    """Whether something is there, as far as one may look; `refuse_bad_file` says why not."""
+    try:
+        return path.exists()
+    except OSError:
+        return True
+
+
+def _readable(items: Iterator[T], path: str) -> Iterator[T]:
+    """The items as they are; a disk that fails is a fault of the file."""
+    try:
+        yield from items
+    except OSError as error:
+        raise fault("unreadable-file", path=path, why=error.strerror or error) from None
 
 
 def _looks_like_hub_id(source: str) -> bool:
@@ -123,7 +144,7 @@ def _mixed(conversation: Conversation, first: str, first_line: int) -> DataError
     )
 
 
-def _text_document(path: str) -> Conversation:
+def _text_document(path: str) -> Iterator[Conversation]:
     """The whole file as one document; line ends become newlines."""
     lines = Path(path).read_bytes().splitlines(keepends=True)
     parts = [decode(raw, path, line) for line, raw in enumerate(lines, start=1)]
@@ -134,4 +155,4 @@ def _text_document(path: str) -> Conversation:
         if "\0" in part:
             raise fault("nul", path=path, line=line, where="the line")
     message = Message("text", text)
-    return Conversation(messages=(message,), path=path, line=1, is_text=True, format="text")
+    yield Conversation(messages=(message,), path=path, line=1, is_text=True, format="text")

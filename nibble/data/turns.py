@@ -1,12 +1,13 @@
 """One turn of a conversation: its role, text, weight and tool calls, each checked."""
 
-import json
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from nibble.data.faults import fault
+from nibble.data.strict_json import parse
 from nibble.errors import DataError, did_you_mean
 
 ROLES = {
@@ -25,6 +26,8 @@ ROLES = {
     "observation": "tool",
     "function_response": "tool",
 }
+# Twenty times the longest trace of an agent that we know; templates take longer than in step.
+MAX_TURNS = 10_000
 _KNOWN_ROLES = "system, user, assistant, tool (or human, gpt)"
 
 
@@ -69,17 +72,28 @@ class Place:
 def read_turns(turns: object, column: str, place: Place) -> list[Message]:
     """The list of turns that stands in a column."""
     if isinstance(turns, str) and turns.lstrip().startswith("["):  # a cell of a CSV
-        try:
-            turns = json.loads(turns)
-        except ValueError as error:
-            raise place.fault("bad-cell", field=column, why=error) from None
+        turns = parse_cell(turns, column, place)
     if turns is None:
         raise place.fault("null-field", field=column)
     if not isinstance(turns, list):
         raise place.fault("wrong-type", field=column, found=kind(turns), expected="a list")
     if not turns:
         raise place.fault("no-messages", field=column)
+    if len(turns) > MAX_TURNS:
+        raise place.fault("too-many-turns", field=column, found=len(turns), limit=MAX_TURNS)
     return [_turn(turn, number, column, place) for number, turn in enumerate(turns, start=1)]
+
+
+def parse_cell(text: str, column: str, place: Place) -> object:
+    """The JSON that a cell holds as text.
+
+    Raises:
+        DataError: It is not JSON that a row may hold.
+    """
+    try:
+        return parse(text.strip())
+    except DataError as error:
+        raise place.fault("bad-cell", field=column, why=error.reason) from None
 
 
 def _turn(turn: object, number: int, column: str, place: Place) -> Message:
@@ -91,9 +105,9 @@ def _turn(turn: object, number: int, column: str, place: Place) -> Message:
     content = _content(turn, text_key, number, place, is_optional=bool(calls))
     if role == "user" and not content.strip():
         raise place.fault("empty-turn", turn=number, role=role)
-    kept = {"name", "tool_call_id", "reasoning_content", "thinking"}
-    extra = {key: turn[key] for key in turn if key in kept and turn[key] is not None}
+    extra = _extra_texts(turn, number, place)
     if calls:
+        check_values(calls, f"turn {number} tool_calls", place)
         extra["tool_calls"] = calls
     return Message(role, content, _weight(turn, role, number, place), extra)
 
@@ -153,6 +167,19 @@ def _content(
     return clean(content, where, place)
 
 
+def _extra_texts(turn: Mapping[str, Any], number: int, place: Place) -> dict[str, Any]:
+    """The texts beside the content that a template may use."""
+    extra: dict[str, Any] = {}
+    for key in ("name", "tool_call_id", "reasoning_content", "thinking"):
+        text, where = turn.get(key), f"turn {number} {key}"
+        if text is None:
+            continue
+        if not isinstance(text, str):
+            raise place.fault("wrong-type", field=where, found=kind(text), expected="a text")
+        extra[key] = clean(text, where, place)
+    return extra
+
+
 def _part(part: object, number: int, place: Place) -> str:
     """The text of one part of a content list in OpenAI's form."""
     if isinstance(part, Mapping) and isinstance(part.get("text"), str):
@@ -168,7 +195,7 @@ def _weight(turn: Mapping[str, Any], role: str, number: int, place: Place) -> bo
     if role != "assistant":
         raise place.fault("weight-not-assistant", turn=number, role=role)
     if not isinstance(weight, int | float) or weight not in (0, 1):
-        raise place.fault("bad-weight", turn=number, found=json.dumps(weight)[:40])
+        raise place.fault("bad-weight", turn=number, found=str(weight)[:40])
     return bool(weight)
 
 
@@ -193,12 +220,16 @@ def _tool_call(call: object, number: int, place: Place) -> dict[str, Any]:
     if not isinstance(function.get("name"), str) or not function["name"]:
         raise place.fault("bad-tool-calls", turn=number, why="a call has no function name")
     arguments = function.get("arguments", {})
+    whose = f"the arguments of {function['name'][:40]}"
     if isinstance(arguments, str):
         try:
-            arguments = json.loads(arguments or "{}")
-        except ValueError as error:
-            why = f"the arguments of {function['name']} are not JSON ({error})"
+            arguments = parse(arguments.strip() or "{}")
+        except DataError as error:
+            why = f"{whose} are not JSON that a row may hold ({error.reason})"
             raise place.fault("bad-tool-calls", turn=number, why=why) from None
+    if not isinstance(arguments, Mapping):
+        why = f"{whose} are {kind(arguments)}, not an object"
+        raise place.fault("bad-tool-calls", turn=number, why=why)
     kept = {key: call[key] for key in call if key not in ("function", "name", "arguments")}
     kept.setdefault("type", "function")
     return kept | {"function": {"name": function["name"], "arguments": arguments}}
@@ -215,6 +246,30 @@ def clean(text: str, where: str, place: Place) -> str:
     if half:
         raise place.fault("lone-surrogate", where=where, code=ord(half.group()))
     return text
+
+
+def check_values(value: object, where: str, place: Place) -> None:
+    """Refuse what neither JSON nor a tokenizer can take, however deep it stands."""
+    for leaf in leaves(value):
+        if isinstance(leaf, str):
+            clean(leaf, where, place)
+        elif isinstance(leaf, float) and not math.isfinite(leaf):
+            raise place.fault("not-finite", where=where)
+        elif leaf is not None and not isinstance(leaf, int | float):
+            raise place.fault("foreign-value", where=where, found=kind(leaf))
+
+
+def leaves(value: object) -> Iterator[object]:
+    """Keys and values without parts of their own, however deep they stand."""
+    todo = [value]
+    while todo:
+        found = todo.pop()
+        if isinstance(found, Mapping):
+            todo += [*found, *found.values()]
+        elif isinstance(found, list | tuple):
+            todo += found
+        else:
+            yield found
 
 
 def kind(value: object) -> str:
