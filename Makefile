@@ -16,7 +16,7 @@ test: $(INSTALLED)-test
 
 # Forty minutes at most on two cores: kills, mutations, races and fuzz in full; prints the figures.
 torture: $(INSTALLED)-test
-	NIBBLE_TORTURE=1 $(BIN)/python -m pytest -n 2 -m torture -rP --timeout 2400 --durations 20
+	NIBBLE_TORTURE=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m torture -rP --timeout 2400 --durations 20
 
 check: $(INSTALLED)-test
 	$(BIN)/ruff check .
