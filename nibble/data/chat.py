@@ -4,10 +4,14 @@ Labels are not shifted: `labels[i] == input_ids[i]` where token i is a target, e
 token is a target if at least one of its characters is in a target span (`spans.py`); the bytes
 of one character share its offsets and so its fate. Nothing depends on a padding id.
 
+Text that the tokenizer would read as a control token, such as <|im_end|>, makes a row bad: it
+would end its turn and could begin another.
+
 A plain text document is tokenised as its tokenizer does it, EOS is added where it does not
 stand, and every token is a target.
 """
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -17,7 +21,7 @@ from nibble.data.prompt import ChatTemplate, render_turns
 from nibble.data.spans import Span, target_spans
 from nibble.data.template import PLAIN_TEMPLATE as PLAIN_TEMPLATE
 from nibble.data.template import TemplateError
-from nibble.data.turns import Conversation, Message, Place, read_turns
+from nibble.data.turns import Conversation, Message, Place, leaves, read_turns
 from nibble.errors import DataError, ModelError
 
 NOT_TARGET = -100
@@ -68,11 +72,15 @@ def tokenize_all(
             fix="use a model folder with a tokenizer.json",
         )
     template = chat_template_of(tokenizer)
+    controls = _control_tokens(tokenizer)
+
+    def spans_of(conversation: Conversation) -> tuple[str, list[Span]]:
+        _refuse_control_tokens(conversation, controls)
+        return target_spans(template, conversation, train_on=train_on)
+
     rows = iter(conversations)
     while batch := list(islice(rows, _ROWS_AT_ONCE)):
-        yield from _tokenize_batch(
-            batch, tokenizer, template=template, train_on=train_on, on_bad_row=on_bad_row
-        )
+        yield from _tokenize_batch(batch, tokenizer, spans_of=spans_of, on_bad_row=on_bad_row)
 
 
 def chat_template_of(tokenizer: Any) -> ChatTemplate:
@@ -123,18 +131,14 @@ def _tokenize_batch(
     batch: Sequence[Conversation],
     tokenizer: Any,
     *,
-    template: ChatTemplate,
-    train_on: str,
+    spans_of: Callable[[Conversation], tuple[str, list[Span]]],
     on_bad_row: Callable[[DataError], None] | None,
 ) -> Iterator[Example]:
     chats: list[tuple[str, list[Span]] | None] = []
     kept: list[Conversation] = []
     for conversation in batch:
         try:
-            is_text = conversation.is_text
-            chats.append(
-                None if is_text else target_spans(template, conversation, train_on=train_on)
-            )
+            chats.append(None if conversation.is_text else spans_of(conversation))
             kept.append(conversation)
         except DataError as error:
             if on_bad_row is None:
@@ -150,6 +154,27 @@ def _tokenize_batch(
             ids, offsets = next(encoded)
             labels = _spans_to_labels(ids, offsets, chat[1])
         yield Example(ids, labels, conversation.path, conversation.line, conversation.is_text)
+
+
+def _control_tokens(tokenizer: Any) -> re.Pattern[str]:
+    """Finds the texts that the tokenizer turns into tokens of their own and marks as special."""
+    added = tokenizer.added_tokens_decoder.values()
+    texts = {str(token) for token in added if token.special} | set(tokenizer.all_special_tokens)
+    longest_first = sorted(filter(None, texts), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+
+
+def _refuse_control_tokens(conversation: Conversation, controls: re.Pattern[str]) -> None:
+    parts = [
+        (f"turn {number}", [message.content, message.extra])
+        for number, message in enumerate(conversation.messages, start=1)
+    ]
+    for where, part in [*parts, ('"tools"', conversation.tools)]:
+        for text in leaves(part):
+            found = controls.search(text) if isinstance(text, str) else None
+            if found:
+                place = Place(conversation.path, conversation.line)
+                raise place.fault("control-token", where=where, token=found.group())
 
 
 def _encode(tokenizer: Any, texts: list[str]) -> Iterator[tuple[list[int], list[Span]]]:

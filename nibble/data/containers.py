@@ -173,11 +173,12 @@ def _after_comma(text: str, at: int, path: str) -> int:
         raise fault("array-not-closed", path=path, line=text.count("\n") + 1)
     if text[at] == "]":
         return at
-    line, column = _place(text, at)
     if text[at] != ",":
+        line, column = _place(text, at)
         raise fault("array-comma", path=path, line=line, column=column)
-    at = _skip(text, at + 1)
+    comma, at = at, _skip(text, at + 1)
     if text.startswith("]", at):
+        line, column = _place(text, comma)
         raise fault("bad-json", path=path, line=line, column=column, why="comma before ]")
     return at
 
@@ -288,28 +289,24 @@ def rows_of_parquet(path: Path) -> Iterator[tuple[int, object]]:
         with parquet.ParquetFile(path) as file:
             if twice := first_twice(file.schema_arrow.names):
                 raise fault("parquet-same-name", path=str(path), key=twice)
-            for line, row in _numbered_rows(file, str(path)):
+            for row in _rows_of_batches(file.iter_batches(batch_size=1024), str(path)):
+                line += 1
                 yield line, row
     except (pyarrow.ArrowException, OSError) as error:
         why = str(error).split("\n")[0][:200]
         raise fault("bad-parquet", path=str(path), line=line, why=why) from None
 
 
-def _numbered_rows(file: Any, path: str) -> Iterator[tuple[int, object]]:
-    line = 0
-    for batch in file.iter_batches(batch_size=1024):
-        for row in _rows_of_batch(batch, path, line + 1):
-            line += 1
-            yield line, row
-
-
-def _rows_of_batch(batch: Any, path: str, line: int) -> Iterator[object]:
-    """The rows of a batch, one by one where a value has no form in Python."""
-    try:
-        yield from batch.to_pylist()
-    except (ValueError, ArithmeticError):
-        for number in range(batch.num_rows):
-            yield _row_of_batch(batch.slice(number, 1), path, line + number)
+def _rows_of_batches(batches: Iterator[Any], path: str) -> Iterator[object]:
+    """The rows of all batches; one by one where a value of a batch has no form in Python."""
+    start = 1
+    for batch in batches:
+        try:
+            yield from batch.to_pylist()
+        except (ValueError, ArithmeticError):
+            for number in range(batch.num_rows):
+                yield _row_of_batch(batch.slice(number, 1), path, start + number)
+        start += batch.num_rows
 
 
 def _row_of_batch(row: Any, path: str, line: int) -> object:

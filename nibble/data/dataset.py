@@ -22,6 +22,9 @@ from nibble.data.records import read_records
 from nibble.data.turns import Conversation
 from nibble.errors import DataError, UsageError
 
+# Below this share of the tokens, nearly all of the time goes into reading, not into learning.
+MIN_TARGET_SHARE = 0.01
+
 _SHOWN = 3
 
 
@@ -214,6 +217,13 @@ def _build_part(
     is_packed = data.packing and name == "train"
     rows = pack(fitted, max_seq_len=data.max_seq_len, packing=is_packed)
     warnings = [f"{name}: {sentence}" for sentence in counts.sentences()]
+    if counts.places:
+        shown = [f"{path}:{line} {what}" for path, line, what in counts.places[:_SHOWN]]
+        warnings[0] += f" (first: {'; '.join(shown)})"
+    if counts.num_target_tokens < MIN_TARGET_SHARE * counts.num_tokens:
+        share = counts.num_target_tokens / counts.num_tokens
+        told = f"{name}: only {share:.2%} of the tokens are targets"
+        warnings.append(f"{told}: check data.train_on and the weights")
     if source.bad_rows:
         first = "; ".join(error.what for error in source.bad_rows[:_SHOWN])
         more = "; ..." if len(source.bad_rows) > _SHOWN else ""

@@ -169,6 +169,10 @@ FAULTS: dict[str, tuple[str, str]] = {
         "write the turns as a JSON list",
     ),
     # the template
+    "control-token": (
+        '{where} holds "{token}", which the model reads as a sign between turns, not as text',
+        "remove it, or write it with a space inside",
+    ),
     "template-refuses": (
         "the model's chat template does not take this conversation: {why}",
         "change the turns to what the model was made for, or remove the row",

@@ -26,7 +26,7 @@ ROLES = {
     "observation": "tool",
     "function_response": "tool",
 }
-# Twenty times the longest trace of an agent that we know; templates take longer than in step.
+# A template may take time with the square of the turns.
 MAX_TURNS = 10_000
 _KNOWN_ROLES = "system, user, assistant, tool (or human, gpt)"
 

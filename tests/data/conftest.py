@@ -1,10 +1,13 @@
 """Fixtures of the data room: a byte-level tokenizer and conversations."""
 
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
 
+from nibble.commands import data
+from nibble.commands.main import main
 from nibble.data.turns import Conversation, Message
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -56,3 +59,17 @@ def write(tmp_path):
         return path
 
     return build
+
+
+@pytest.fixture
+def check(byte_tokenizer, monkeypatch, capsys):
+    """check(path) runs `nibble data check`: exit code, the JSON document or None, stderr."""
+    monkeypatch.setattr(data, "load_tokenizer", lambda _model: byte_tokenizer)
+
+    def run(path):
+        with pytest.raises(SystemExit) as info:
+            main(["data", "check", str(path), "--model", "any", "--json"])
+        out, err = capsys.readouterr()
+        return info.value.code, json.loads(out) if out else None, err
+
+    return run

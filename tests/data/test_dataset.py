@@ -169,6 +169,15 @@ def test_long_rows_are_told(write, byte_tokenizer, on_long_row, num_documents, w
     assert len(found.warnings) == 1
     assert found.warnings[0].startswith("train: 1 of 2 rows")
     assert word in found.warnings[0]
+    assert "a.jsonl:2 " in found.warnings[0]
+
+
+@pytest.mark.parametrize(("size", "is_told"), [(300, False), (3000, True)])
+def test_few_targets_are_told(write, byte_tokenizer, size, is_told):
+    path = write("a.jsonl", lines(("a" * size, "b" * 9)))
+    found = build_dataset(config(path, max_seq_len=4096), byte_tokenizer, seed=0)
+    assert any("of the tokens are targets" in warning for warning in found.warnings) == is_told
+    assert len(found.warnings) == is_told
 
 
 def test_train_on_decides_the_targets(write, byte_tokenizer):
