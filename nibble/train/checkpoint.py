@@ -12,6 +12,7 @@ Nothing is ever unpickled.
 import hashlib
 import json
 import math
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -46,6 +47,9 @@ NUM_KEPT = 2
 MOST_AT_ONCE = NUM_KEPT + 2
 # Of a folder that is written or deleted: never the name of a checkpoint.
 _UNFINISHED = ".tmp-"
+# Of one whose step is saved again, until the new one is whole.
+_OLD = ".old-"
+_NAME = re.compile(r"step-\d{8}")
 _LARGEST_MANIFEST_BYTES = 1_000_000
 _DIGEST = "manifest_sha256"
 # What a run draws from, for dropout: no other generator is used.
@@ -111,25 +115,31 @@ def save(
     tensors = {**optimizer.state_pieces(), **_random_state()}
     _check_finite(tensors, state.step)
     name = _name_of(state.step)
-    temporary = folder / f"{_UNFINISHED}{name}"
+    temporary, old = folder / f"{_UNFINISHED}{name}", folder / f"{_OLD}{name}"
     with disk_errors(f"cannot write the checkpoint {folder / name}"):
         try:
             _write(temporary, tensors, _manifest(state, optimizer, identity))
             fault("checkpoint.after_write")
-            _delete(folder / name)
+            if (folder / name).exists():
+                rename(folder / name, old)
             rename(temporary, folder / name)
             sync_folder(folder)
         except OSError:
             remove(temporary)
+            _take_back(old)
             raise
         fault("checkpoint.after_rename")
         try:
             validate(folder / name)
         except Damaged as damage:
+            if old.exists():
+                remove(folder / name)
+                _take_back(old)
             raise DiskError(
                 f"what was written is not what the disk gives back: {damage}",
                 fix="check the disk; older checkpoints are untouched",
             ) from None
+        remove(old)
         _prune(folder, state.step, resumed_from)
     fault("checkpoint.after_prune")
     return folder / name
@@ -218,9 +228,20 @@ def check_room(folder: Path, optimizer: AdamW) -> None:
 
 
 def clear_unfinished(folder: Path) -> None:
-    """Delete what a run left that ended while it wrote or deleted."""
+    """Put right what a run left that ended while it wrote or deleted."""
+    for path in folder.glob(f"{_OLD}*"):
+        _take_back(path)
+        remove(path)
     for path in folder.glob(f"{_UNFINISHED}*"):
         remove(path)
+
+
+def _take_back(old: Path) -> None:
+    """Give a checkpoint its name again, if nothing has taken its place."""
+    place = old.with_name(old.name.removeprefix(_OLD))
+    if old.exists() and not place.exists():
+        rename(old, place)
+        sync_folder(old.parent)
 
 
 def _write(temporary: Path, tensors: Mapping[str, Sequence[Tensor]], manifest: dict) -> None:
@@ -319,7 +340,7 @@ def _delete(path: Path) -> None:
     """Take the name away first: what is deleted in part is then no damaged checkpoint."""
     if not path.exists():
         return
-    doomed = path.with_name(f"{_UNFINISHED}old-{path.name}")
+    doomed = path.with_name(f"{_UNFINISHED}gone-{path.name}")
     remove(doomed)
     rename(path, doomed)
     sync_folder(path.parent)
@@ -331,7 +352,9 @@ def _name_of(step: int) -> str:
 
 
 def _newest_first(folder: Path) -> list[Path]:
-    return sorted(folder.glob("step-*"), reverse=True) if folder.is_dir() else []
+    """The checkpoints by their names; a copy under another name is left alone."""
+    paths = folder.iterdir() if folder.is_dir() else ()
+    return sorted((path for path in paths if _NAME.fullmatch(path.name)), reverse=True)
 
 
 def _check_finite(tensors: Mapping[str, Sequence[Tensor]], step: int) -> None:

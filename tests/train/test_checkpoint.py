@@ -106,6 +106,14 @@ def test_the_newest_the_best_and_the_one_resumed_from_are_kept(tmp_path):
     assert NUM_KEPT == 2
 
 
+def test_a_copy_under_another_name_is_left_alone(tmp_path):
+    shutil.copytree(_save(tmp_path / "checkpoints", 1), tmp_path / "checkpoints/step-00000001-mine")
+    for step in (2, 3, 4):
+        _save(tmp_path / "checkpoints", step)
+    assert (tmp_path / "checkpoints/step-00000001-mine" / STATE_FILE).is_file()
+    assert _latest_step(tmp_path / "checkpoints") == 4
+
+
 def test_what_comes_after_the_one_resumed_from_is_dropped(tmp_path):
     """It was damaged, or it would have been resumed from."""
     for step in (1, 2, 3):

@@ -255,3 +255,58 @@ def test_a_small_disk_runs_full(small_disk):
     assert "free space" in failed.value.fix
     assert sorted(path.name for path in folder.iterdir()) == ["step-00000001", "step-00000002"]
     assert latest(folder)[0].state.step == 2
+
+
+def _save_again(folder):
+    """Step 1 once more, as a resumed run does after an evaluation that was due."""
+    state = TrainState(1, eval_loss=1.0, best_eval_loss=1.0)
+    save(folder, state, _optimizer(1), identity={"data": "x"}, resumed_from=1)
+
+
+def test_a_step_that_is_saved_again_is_never_lost(tmp_path):
+    """It is the only checkpoint there is, whether the process dies or the power goes."""
+    root = tmp_path / "run"
+    root.mkdir()
+    disk, num_cuts = Disk(root), 0
+    _save(root / "checkpoints", 1)
+    disk.flush_all()
+
+    def cut(name, *paths):
+        nonlocal num_cuts
+        disk(name, *paths)
+        target = tmp_path / "left"
+        for names in ("flushed", "seen"):
+            target.mkdir()
+            disk.left_over(target, names=names)
+            _assert_restorable(target / "checkpoints", at_least=1)
+            shutil.rmtree(target)
+        shutil.copytree(root, target)
+        _assert_restorable(target / "checkpoints", at_least=1)
+        shutil.rmtree(target)
+        num_cuts += 1
+
+    with faults_at(cut):
+        _save_again(root / "checkpoints")
+    assert latest(root / "checkpoints")[0].state.eval_loss == 1.0
+    assert sorted(path.name for path in (root / "checkpoints").iterdir()) == ["step-00000001"]
+    assert num_cuts > 10
+
+
+def test_a_full_disk_leaves_a_step_that_is_saved_again(tmp_path):
+    points = []
+    _save(tmp_path / "measure", 1)
+    with faults_at(lambda name, *paths: points.append(name)):
+        _save_again(tmp_path / "measure")
+    for number, point in enumerate(points):
+        if not point.startswith("disk."):
+            continue
+        folder, count = tmp_path / str(number), iter(range(len(points) + 20))
+        _save(folder, 1)
+
+        def fail(name, *paths, count=count, number=number):
+            if next(count) == number:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        with faults_at(fail), pytest.raises(DiskError):
+            _save_again(folder)
+        _assert_restorable(folder, at_least=1)
