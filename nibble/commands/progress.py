@@ -2,10 +2,11 @@
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from nibble.events import EvalEnd, Event, LoadEnd, PlanMade, RunStart, StepEnd, WarningRaised
@@ -37,11 +38,15 @@ class TrainingBar:
         self._bar.stop()
 
     def __call__(self, event: Event) -> None:
+        with suppress(OSError):  # nobody may be reading any more; the run goes on
+            self._show(event)
+
+    def _show(self, event: Event) -> None:
         if isinstance(event, PlanMade):
             for reason in event.reasons:
-                self._console.print(f"[dim]plan: {reason}[/dim]")
+                self._console.print(f"[dim]plan: {escape(reason)}[/dim]")
         elif isinstance(event, WarningRaised):
-            self._console.print(f"[yellow]warning:[/yellow] {event.message}")
+            self._console.print(f"[yellow]warning:[/yellow] {escape(event.message)}")
         elif isinstance(event, LoadEnd):
             self._console.print(_load_line(event))
         elif isinstance(event, RunStart):

@@ -18,7 +18,8 @@ def replay(
     """Run a finished run once more and compare the weights and figures bit by bit."""
     from nibble.train.interrupt import stop_signals
 
-    into = Path(out) if out else run.with_name(f"{run.resolve().name}-replay")
+    run = run.resolve()
+    into = Path(out) if out else run.with_name(f"{run.name}-replay")
     with stop_signals():
         with quick_imports():
             from nibble.train.replay import replay as run_again

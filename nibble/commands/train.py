@@ -23,7 +23,9 @@ def train(
     anyway: Annotated[bool, typer.Option(help="Start even if the plan says no.")] = False,
     allow_change: Annotated[
         list[str] | None,
-        typer.Option(help="Continue though this key, or base, data, tokenizer, template, changed."),
+        typer.Option(
+            help="Continue though this key, or base, data, rows, tokenizer, template, changed."
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:

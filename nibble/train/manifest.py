@@ -13,6 +13,7 @@ import platform
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ def identity_of(run: RunConfig, tokenizer: Any, dataset: Dataset) -> dict[str, s
             "data": _digest(file_sha256(path).encode() for path in data_files(run)),
             "tokenizer": _digest(_tokenizer_files(folder)),
             "template": _digest([str(getattr(tokenizer, "chat_template", "")).encode()]),
-            "rows": _digest([*_row_bytes(dataset.train), *_row_bytes(dataset.eval)]),
+            "rows": _digest(chain(_row_bytes(dataset.train), _row_bytes(dataset.eval))),
         }
 
 

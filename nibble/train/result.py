@@ -80,7 +80,7 @@ def read_result(out: Path) -> Result:
         tokens, seconds = end.tokens, end.seconds
     return Result(
         out=out,
-        adapter=Path(end.adapter) if end else out / "adapter",
+        adapter=out / (Path(end.adapter).name if end else "adapter"),
         final_loss=final_loss,
         eval_loss=eval_loss,
         peak_memory_bytes=end.peak_memory_bytes if end else 0,

@@ -13,7 +13,7 @@ EVAL = EvalEnd(1, 2.0, 7.39, 0.5, 30)
 
 
 def test_the_last_of_each_counts(tmp_path):
-    end = RunEnd("finished", 2.0, 60, 3000, adapter=str(tmp_path / "adapter"))
+    end = RunEnd("finished", 2.0, 60, 3000, adapter="before/it/was/moved/adapter")
     last = replace(STEP, step=2, loss=1.5)
     with closing(EventLog(tmp_path / "events.jsonl")) as log:
         for event in (EVAL, STEP, last, replace(EVAL, step=2, loss=1.0), end):
