@@ -55,8 +55,7 @@ def train(
 def train_held(
     run: RunConfig, emit: Emit, *, anyway: bool = False, allow_change: Collection[str] = ()
 ) -> Result:
-    """`train` in a folder that the caller holds."""
-    check_run(run)
+    """`train` in a folder that the caller holds, with a run that was checked."""
     if run.out is None:
         run = run.with_values({"out": str(folder.folder_of(run))}, "default")
     out = folder.folder_of(run)
@@ -64,8 +63,8 @@ def train_held(
     if earlier is not None:
         kept = _with_plan_of(earlier, run)
         is_same = not folder.changed_keys(earlier, kept)
-        has_begun = (out / folder.CHECKPOINTS).is_dir() or folder.is_finished(out)
-        if not open_keys(kept) and (has_begun or (is_same and folder.read_plan(out))):
+        is_planned = folder.has_begun(out) or (is_same and folder.read_plan(out))
+        if not open_keys(kept) and is_planned:
             return trainer.train(kept, emit, allow_change=allow_change)
     made, dataset = make_plan(run)
     if not made.fits and not anyway:

@@ -37,6 +37,8 @@ FAULT_POINTS = (
     "adapter.after_write",
 )
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+# What a file system answers that flushes no folders, as some network disks.
+_NO_FLUSH = (errno.EINVAL, errno.EBADF)
 
 FaultHook = Callable[..., None]
 _hook: FaultHook | None = None
@@ -114,9 +116,13 @@ def rename(source: Path, target: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Flush the names in a folder to the disk."""
+    """Flush the names in a folder to the disk, where its file system can."""
     fault("disk.before_sync", folder)
-    _flush(folder)
+    try:
+        _flush(folder)
+    except OSError as error:
+        if error.errno not in _NO_FLUSH:
+            raise
 
 
 def sync_tree(folder: Path) -> None:

@@ -10,14 +10,19 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import InitVar, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin
 
 
 @dataclass(frozen=True)
 class RunStart:
-    """A run begins: its method, device, versions and size."""
+    """A run begins or goes on: its method, device, versions and size.
+
+    `changed` names what it goes on with that is not as it was, as in the manifest of the run.
+    """
 
     method: str
     model: str
@@ -28,6 +33,7 @@ class RunStart:
     num_eval_rows: int
     versions: dict[str, str]
     num_threads: int
+    changed: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -131,17 +137,7 @@ Event = (
 Emit = Callable[[Event], None]
 
 _SPECIAL_NAMES = {"PlanMade": "plan", "CheckpointSaved": "checkpoint", "WarningRaised": "warning"}
-EVENT_TYPES = (
-    RunStart,
-    PlanMade,
-    LoadEnd,
-    StepEnd,
-    EvalEnd,
-    CheckpointSaved,
-    PagesMoved,
-    WarningRaised,
-    RunEnd,
-)
+EVENT_TYPES: tuple[type[Event], ...] = get_args(Event)
 
 
 def event_name(event: Event | type) -> str:
@@ -159,6 +155,16 @@ def event_name(event: Event | type) -> str:
 
 
 _BY_NAME = {event_name(kind): kind for kind in EVENT_TYPES}
+
+
+def _classes(annotation: Any) -> tuple[type, ...]:
+    """The classes that a field of an event may have; a whole number is a number."""
+    kinds = get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
+    classes = {get_origin(kind) or kind for kind in kinds}
+    return (*classes, int) if float in classes else tuple(classes)
+
+
+_FIELDS = {kind: {item.name: _classes(item.type) for item in fields(kind)} for kind in EVENT_TYPES}
 
 
 class EventLog:
@@ -185,17 +191,19 @@ class EventLog:
 
 
 def read_events(path: Path) -> Iterator[Event]:
-    """The events of a log; torn lines and unknown events are passed over."""
+    """The events of a log; torn lines, unknown events and wrong values are passed over."""
     with path.open(encoding="utf-8", errors="replace") as lines:
         for line in lines:
             try:
                 record = json.loads(line)
                 kind = _BY_NAME[record["event"]]
-                known = {item.name for item in fields(kind)}
-                event = kind(**{key: value for key, value in record.items() if key in known})
+                known = _FIELDS[kind]
+                values = {key: value for key, value in record.items() if key in known}
+                event = kind(**values)
             except (ValueError, KeyError, TypeError, RecursionError):
                 continue
-            yield event
+            if all(type(value) in known[key] for key, value in values.items()):
+                yield event
 
 
 METRICS_COLUMNS: tuple[str, ...] = (
@@ -234,13 +242,25 @@ class MetricsTable:
     _tokens: int = 0
 
     def __post_init__(self, events: Iterable[Event]) -> None:
-        self.path.unlink(missing_ok=True)
-        for event in events:
-            self(event)
+        with self._writer("w") as writer:
+            writer.writeheader()
+            writer.writerows(row for event in events for row in self._completed_by(event))
 
     def __call__(self, event: Event) -> None:
+        rows = self._completed_by(event)
+        if rows:
+            with self._writer("a") as writer:
+                writer.writerows(rows)
+
+    @contextmanager
+    def _writer(self, mode: str) -> Iterator[csv.DictWriter]:
+        with self.path.open(mode, newline="", encoding="utf-8") as file:
+            yield csv.DictWriter(file, METRICS_COLUMNS)
+
+    def _completed_by(self, event: Event) -> list[dict[str, Any]]:
+        """The row that nothing is added to any more, if there is one."""
+        completed = self._pending
         if isinstance(event, StepEnd):
-            self._flush()
             self._tokens += event.tokens
             self._pending = {
                 "step": event.step,
@@ -253,19 +273,8 @@ class MetricsTable:
             }
         elif isinstance(event, EvalEnd):
             if self._pending.get("step") != event.step:
-                self._flush()
                 self._pending = {"step": event.step}
             self._pending["eval_loss"] = event.loss
         elif isinstance(event, RunEnd):
-            self._flush()
-
-    def _flush(self) -> None:
-        if not self._pending:
-            return
-        is_new = not self.path.exists()
-        with self.path.open("a", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, METRICS_COLUMNS)
-            if is_new:
-                writer.writeheader()
-            writer.writerow(self._pending)
-        self._pending = {}
+            self._pending = {}
+        return [completed] if completed and completed is not self._pending else []

@@ -88,6 +88,28 @@ def test_of_steps_that_were_taken_twice_the_last_stand():
     assert last_attempts(events, 1) == [again, EVAL]
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"step": "1"},
+        {"loss": None},
+        {"step": 1.5},
+        {"seconds": [1]},
+        {"tokens": {}},
+        {"step": True},
+    ],
+)
+def test_values_of_other_kinds_are_passed_over(tmp_path, wrong):
+    path = tmp_path / "events.jsonl"
+    with closing(EventLog(path)) as log:
+        log(STEP)
+        log(replace(STEP, loss=2))
+    content = path.read_text()
+    record = json.loads(content.splitlines()[0])
+    path.write_text(content + json.dumps({**record, **wrong}) + "\n")
+    assert list(read_events(path)) == [STEP, replace(STEP, loss=2)]
+
+
 @pytest.mark.torture
 @given(
     line=st.binary(max_size=200)

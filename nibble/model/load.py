@@ -31,7 +31,7 @@ from nibble.model.prequantized import check_quantization, read_quantized, split_
 from nibble.model.selfcheck import check_model
 from nibble.model.skeleton import build_config, build_skeleton
 from nibble.model.tensors import Entry, TensorReader
-from nibble.model.tokenizer import load_tokenizer as load_tokenizer
+from nibble.model.tokenizer import load_tokenizer
 
 _log = logging.getLogger("nibble")
 STORAGES = ("bf16", "float32", "nf4", "fp4")

@@ -19,8 +19,8 @@ from nibble.errors import (
 )
 from nibble.model.families import family_of
 from nibble.model.files import find_config
-from nibble.model.load import load_tokenizer
 from nibble.model.skeleton import build_config
+from nibble.model.tokenizer import load_tokenizer
 from nibble.plan.advise import Choice, Question, advise, pace
 from nibble.plan.budget import CONTEXT_BYTES
 from nibble.plan.devices import Device, find_device, with_measured_rates
@@ -30,7 +30,7 @@ from nibble.plan.presets import preset_config, preset_names, preset_short_names
 from nibble.plan.rows import Rows, full_rows, rows_of
 from nibble.plan.tracker import MOST_EXPERTS
 from nibble.plan.watch import ADAPTERS, GRADIENTS, MOMENTS
-from nibble.train.checkpoint import MOST_AT_ONCE
+from nibble.train.checkpoint import most_at_once
 from nibble.train.history import read_history, summary
 from nibble.train.memory import available_bytes
 
@@ -259,7 +259,7 @@ def _plan(question: Question, choice: Choice, charge: Charge) -> Plan:
         step_seconds=step_seconds,
         total_seconds=total,
         cost=cost(total, price, charge.billing) if total and price is not None else None,
-        disk_bytes=_disk_bytes(forecast),
+        disk_bytes=_disk_bytes(forecast, has_eval=question.run.data.eval is not None),
         num_trainable=forecast.num_trainable,
         num_total=forecast.num_total,
         reasons=list(choice.reasons),
@@ -284,14 +284,14 @@ def _runner_up(question: Question, chosen: Forecast, other: Forecast) -> RunnerU
     )
 
 
-def _disk_bytes(forecast: Forecast) -> int:
+def _disk_bytes(forecast: Forecast, *, has_eval: bool) -> int:
     """The checkpoints that stand at the same time, and the adapter or the whole model."""
     parts = forecast.phases["optimizer"].parts
     state = parts.get(MOMENTS, 0) + forecast.paged_bytes
     trained = parts.get(ADAPTERS, 0) or parts.get(GRADIENTS, 0)
     # A whole model is written in 16 bits.
     result = trained // 2 if forecast.option.method == "full" else trained
-    return MOST_AT_ONCE * (state + trained) + result
+    return most_at_once(has_eval=has_eval) * (state + trained) + result
 
 
 def _summary(dataset: Dataset, rows: Rows, choice: Choice, run: RunConfig) -> DataSummary:

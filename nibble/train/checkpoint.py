@@ -43,8 +43,6 @@ MANIFEST_FILE = "manifest.json"
 FORMAT_VERSION = 2
 # The newest that are kept; the best by held-out loss and the one resumed from stay as well.
 NUM_KEPT = 2
-# Of a run that is never resumed, with the best and the one that is being written.
-MOST_AT_ONCE = NUM_KEPT + 2
 # Of a folder that is written or deleted: never the name of a checkpoint.
 _UNFINISHED = ".tmp-"
 # Of one whose step is saved again, until the new one is whole.
@@ -113,7 +111,7 @@ def save(
     """
     fault("checkpoint.before_save")
     tensors = {**optimizer.state_pieces(), **_random_state()}
-    _check_finite(tensors, state.step)
+    _check_finite(tensors)
     name = _name_of(state.step)
     temporary, old = folder / f"{_UNFINISHED}{name}", folder / f"{_OLD}{name}"
     with disk_errors(f"cannot write the checkpoint {folder / name}"):
@@ -205,18 +203,23 @@ def validate(path: Path) -> Found:
     return found
 
 
-def check_room(folder: Path, optimizer: AdamW) -> None:
+def most_at_once(*, has_eval: bool, is_resumed: bool = False) -> int:
+    """How many checkpoints may stand: those that are kept, and the one that is being written."""
+    return NUM_KEPT + has_eval + is_resumed + 1
+
+
+def check_room(folder: Path, optimizer: AdamW, *, has_eval: bool) -> None:
     """Refuse to start where the disk has no room for the checkpoints that stand at once.
 
     Args:
         folder: Of the checkpoints; those that are there count as room.
+        has_eval: Whether the best of them is kept as well.
 
     Raises:
         DiskError: If it has not.
     """
-    pieces = optimizer.state_pieces().values()
-    num_at_once = NUM_KEPT + 1
-    needed = num_at_once * sum(piece.nbytes for parts in pieces for piece in parts)
+    num_at_once = most_at_once(has_eval=has_eval, is_resumed=bool(_newest_first(folder)))
+    needed = num_at_once * sum(p.nbytes for ps in optimizer.state_pieces().values() for p in ps)
     held = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     free = shutil.disk_usage(folder if folder.is_dir() else folder.parent).free
     if free + held < needed:
@@ -357,12 +360,12 @@ def _newest_first(folder: Path) -> list[Path]:
     return sorted((path for path in paths if _NAME.fullmatch(path.name)), reverse=True)
 
 
-def _check_finite(tensors: Mapping[str, Sequence[Tensor]], step: int) -> None:
+def _check_finite(tensors: Mapping[str, Sequence[Tensor]]) -> None:
     for name, pieces in tensors.items():
         floats = [p for p in pieces if p.is_floating_point() and p.numel()]
         if not all(torch.isfinite(e) for p in floats for e in torch.aminmax(p)):
             raise NonFiniteError(
-                f"after step {step} {name} holds NaN or infinite values; it was not saved",
+                f"{name} holds NaN or infinite values; it was not saved",
                 fix="lower optim.lr, or use model.dtype=float32; run it again to go on from the "
                 "last checkpoint",
             )

@@ -15,7 +15,7 @@ from nibble.errors import UnavailableError
 from nibble.train.manifest import differences, listed
 
 # Source: https://docs.nvidia.com/cuda/cublas, section "Results reproducibility".
-_CUBLAS = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+_CUBLAS_WORKSPACE = ":4096:8"
 _TORCH_SAYS = "deterministic"
 LEVELS = {
     "exact": "exact: the same inputs, versions, threads and processor give the same bits",
@@ -33,8 +33,7 @@ def exactness(level: str) -> Iterator[None]:
     if level != "exact":
         yield
         return
-    for name, value in _CUBLAS.items():
-        os.environ.setdefault(name, value)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", _CUBLAS_WORKSPACE)
     was_deterministic = torch.are_deterministic_algorithms_enabled()
     benchmark = torch.backends.cudnn.benchmark
     torch.use_deterministic_algorithms(True)
@@ -53,11 +52,16 @@ def exactness(level: str) -> Iterator[None]:
         torch.backends.cudnn.benchmark = benchmark
 
 
-def take_threads(began_with: Mapping[str, str]) -> None:
-    """Compute with as many threads as a run began with."""
-    threads = began_with.get("threads", "")
+@contextmanager
+def threads_of(environment: Mapping[str, str]) -> Iterator[None]:
+    """Within the block torch computes with as many threads as in an environment of a run."""
+    before, threads = torch.get_num_threads(), environment.get("threads", "")
     if threads.isdigit() and int(threads) > 0:
         torch.set_num_threads(int(threads))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def check_environment(level: str, began_with: dict[str, str], now: dict[str, str]) -> str:

@@ -8,8 +8,8 @@ from typing import Any
 
 from nibble import yamlfile
 from nibble.config import RunConfig, load_config
-from nibble.disk import replace_file
-from nibble.errors import FolderInUseError
+from nibble.disk import disk_errors, replace_file
+from nibble.errors import FolderInUseError, UsageError, did_you_mean
 from nibble.events import RunEnd, RunStart, read_events
 from nibble.train.owner import LOCK_FILE, held
 
@@ -19,6 +19,8 @@ EVENTS_FILE = "events.jsonl"
 METRICS_FILE = "metrics.csv"
 CHECKPOINTS = "checkpoints"
 FINISHED = "finished"
+# What a run is made of beside its config.
+INPUTS = ("base", "data", "rows", "tokenizer", "template")
 
 
 def folder_of(run: RunConfig) -> Path:
@@ -36,12 +38,16 @@ def hold(folder: Path) -> Iterator[None]:
         FolderInUseError: If the folder holds something else than a run, or another run holds it.
         DiskError: If it cannot be made.
     """
-    if folder.is_file():
-        raise FolderInUseError(f"{folder} is a file", fix="choose another --out")
-    names = {path.name for path in folder.iterdir()} - {LOCK_FILE} if folder.is_dir() else set()
-    if names and not (folder / RUN_FILE).is_file() and names != {f".{RUN_FILE}.tmp"}:
+    with disk_errors(f"cannot use the output folder {folder}"):
+        if folder.is_file():
+            raise FolderInUseError(f"{folder} is a file", fix="choose another --out")
+        names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    # A run.yaml alone may be a config of the user's own; a run holds a lock before it writes one.
+    is_run = RUN_FILE in names and not names.isdisjoint({LOCK_FILE, EVENTS_FILE})
+    content = names - {LOCK_FILE, f".{RUN_FILE}.tmp"}
+    if content and not is_run:
         raise FolderInUseError(
-            f"{folder} holds something else ({', '.join(sorted(names)[:3])})",
+            f"{folder} holds something else ({', '.join(sorted(content)[:3])})",
             fix="choose another --out or empty the folder",
         )
     with held(folder):
@@ -49,40 +55,62 @@ def hold(folder: Path) -> Iterator[None]:
 
 
 def refuse_content(folder: Path) -> None:
-    """Refuse a folder that is there and not empty.
+    """Refuse a folder that is there and not empty; a lock that was left in it does not count.
 
     Raises:
         FolderInUseError: If it is so.
+        DiskError: If it cannot be read.
     """
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        raise FolderInUseError(f"{folder} is not empty", fix="choose another --out")
+    with disk_errors(f"cannot use the output folder {folder}"):
+        names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+        if folder.is_file() or any(name != LOCK_FILE for name in names):
+            raise FolderInUseError(f"{folder} is not empty", fix="choose another --out")
 
 
-def enter(run: RunConfig, allow_change: Collection[str] = ()) -> dict[str, tuple[Any, Any]]:
-    """Write down what is run in its folder, which is held; returns the keys that were changed.
+def has_begun(folder: Path) -> bool:
+    """Whether a run has something to lose there: a checkpoint, or what it finished with."""
+    return (folder / CHECKPOINTS).is_dir() or is_finished(folder)
+
+
+def check_changes(run: RunConfig, allow_change: Collection[str] = ()) -> dict[str, tuple[Any, Any]]:
+    """The keys that differ from those of the run that stands in the folder; nothing is written.
 
     Args:
-        allow_change: Dotted keys that may differ from those of the run that stands there.
+        allow_change: What may differ: dotted keys, or names of `identity_of`.
 
     Raises:
+        UsageError: If `allow_change` has a name that is none of these.
         FolderInUseError: If the folder holds another run.
     """
+    _check_names(allow_change, {*run.flat(), *INPUTS})
     folder = folder_of(run)
     old = read_run(folder)
     changed = changed_keys(old, run) if old is not None else {}
-    # Before its first checkpoint a run has nothing to lose: a wrong path can be corrected.
-    if (folder / CHECKPOINTS).is_dir() or is_finished(folder):
-        refused = {key: values for key, values in changed.items() if key not in allow_change}
-        if refused:
-            listed = ", ".join(f"{k}: {a!r} -> {b!r}" for k, (a, b) in list(refused.items())[:5])
-            allowed = " ".join(f"--allow-change {key}" for key in refused)
-            raise FolderInUseError(
-                f"{folder} holds a run with another config ({listed})",
-                fix="choose another --out, run with the config of its run.yaml, or go on with "
-                f"the change: {allowed}",
-            )
-    replace_file(folder / RUN_FILE, run_text(run).encode())
+    refused = {key: values for key, values in changed.items() if key not in allow_change}
+    # Before its first checkpoint a wrong path can be corrected.
+    if refused and has_begun(folder):
+        listed = ", ".join(f"{k}: {a!r} -> {b!r}" for k, (a, b) in list(refused.items())[:5])
+        allowed = " ".join(f"--allow-change {key}" for key in refused)
+        raise FolderInUseError(
+            f"{folder} holds a run with another config ({listed})",
+            fix="choose another --out, run with the config of its run.yaml, or go on with "
+            f"the change: {allowed}",
+        )
     return changed
+
+
+def _check_names(given: Collection[str], known: Collection[str]) -> None:
+    for name in given:
+        if name not in known:
+            raise UsageError(
+                f"--allow-change {name}: there is no such key",
+                fix=did_you_mean(name, known) or f"a key of the config, or {', '.join(INPUTS)}",
+            )
+
+
+def write_run(run: RunConfig) -> None:
+    """Write down what is run in its folder, which is held."""
+    replace_file(folder_of(run) / RUN_FILE, run_text(run).encode())
 
 
 def read_run(folder: Path) -> RunConfig | None:

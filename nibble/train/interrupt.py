@@ -2,7 +2,8 @@
 
 before the loop     any signal ends the run at once
 in the loop         the first lets the step at work be finished and saved; a second ends at once
-SIGTERM, SIGUSR1    the process also ends by itself once the time to save is over
+any but SIGINT      the process also ends by itself once the time to save is over
+SIGHUP              counts unless it is ignored, as under nohup
 """
 
 import os
@@ -16,7 +17,7 @@ from typing import Any, TypeVar
 from nibble.errors import NibbleError, RunInterrupted, StoppedError
 
 Item = TypeVar("Item")
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
 class Asked(Exception):  # noqa: N818
@@ -33,7 +34,7 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.name = ""
-        self.standing = "nothing was trained yet"
+        self.standing = "nothing was trained this time"
         self._is_patient = False
         self._within_seconds: float | None = None
         self._timer: threading.Timer | None = None
@@ -56,7 +57,7 @@ class StopSignal:
 
     def error(self) -> NibbleError:
         """What the run ends with, once it was asked to."""
-        kind = StoppedError if self.name in ("SIGTERM", "SIGUSR1") else RunInterrupted
+        kind = RunInterrupted if self.name in ("", "SIGINT") else StoppedError
         return kind(
             f"stopped by {self.name or 'SIGINT'}; {self.standing}",
             fix="run the same command again to continue",
@@ -84,15 +85,17 @@ class StopSignal:
 
 @contextmanager
 def stop_signals() -> Iterator[StopSignal]:
-    """Within the block SIGINT, SIGTERM and SIGUSR1 stop the run in order.
+    """Within the block SIGINT, SIGTERM, SIGUSR1 and SIGHUP stop the run in order.
 
     Raises:
         RunInterrupted: After SIGINT.
-        StoppedError: After SIGTERM or SIGUSR1.
+        StoppedError: After another of them.
     """
     stop, previous = StopSignal(), dict[int, Any]()
     try:
         for number in _SIGNALS:
+            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                continue
             previous[number] = signal.signal(number, stop._handle)
     except ValueError:  # not the main thread: the caller handles signals
         previous.clear()

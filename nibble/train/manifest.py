@@ -82,9 +82,13 @@ def read_manifest(out: Path) -> tuple[dict[str, str], dict[str, str]]:
     """Identity and environment of a run; empty where there are none."""
     try:
         values = json.loads((out / MANIFEST_FILE).read_text(encoding="utf-8"))
-        return dict(values["identity"]), dict(values["environment"])
-    except (OSError, ValueError, KeyError, TypeError):
+        return _texts(values["identity"]), _texts(values["environment"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}, {}
+
+
+def _texts(values: dict[str, Any]) -> dict[str, str]:
+    return {name: value for name, value in values.items() if isinstance(value, str)}
 
 
 def differences(old: dict[str, str], new: dict[str, str]) -> dict[str, tuple[str, str]]:

@@ -1,6 +1,8 @@
 """What a run was doing when a loss, a gradient or a weight stopped being a number.
 
 RUN/nonfinite.json    step, loss of every pass with its rows, norms and counts of every module
+
+Of held-out rows it holds the passes whose loss is no number, and the modules once.
 """
 
 import json
@@ -27,23 +29,24 @@ def write_report(
     *,
     step: int,
     reason: str,
+    is_held_out: bool = False,
 ) -> Path:
     """Go through the passes of a step once more, one by one, and write down what each gives.
 
     Args:
-        batches: The passes of the step.
-        step: Its number, from 1.
+        batches: The passes of the step, or of the held-out rows after it.
+        step: Its number, from 1; 0 before training.
+        is_held_out: Whether they are that; nothing is differentiated then.
         reason: What the step ended with.
 
     Raises:
         OSError: If it cannot be written.
     """
-    values = {
-        "version": 1,
-        "step": step,
-        "reason": reason,
-        "passes": [_pass_report(model, token_loss, batch) for batch in batches],
-    }
+    values: dict[str, Any] = {"version": 1, "step": step, "reason": reason}
+    if is_held_out:
+        values |= _held_out_report(model, token_loss, batches)
+    else:
+        values["passes"] = [_pass_report(model, token_loss, batch) for batch in batches]
     path = out / REPORT_FILE
     replace_file(path, (json.dumps(values, indent=2) + "\n").encode())
     return path
@@ -57,19 +60,43 @@ def _pass_report(model: nn.Module, token_loss: TokenLoss, batch: Batch) -> dict[
     loss_sum, num_targets = token_loss(batch)
     loss_sum.backward()
     return {
-        "rows": list(batch.row_ids),
-        "num_tokens": batch.input_ids.numel(),
-        "loss": _number(loss_sum / max(1, num_targets)),
+        **_loss_report(batch, loss_sum, num_targets),
+        "modules": {
+            name: {**_module_report(p), **_gradient_report(p)} for name, p in trained.items()
+        },
+    }
+
+
+@torch.no_grad()
+def _held_out_report(
+    model: nn.Module, token_loss: TokenLoss, batches: Iterable[Batch]
+) -> dict[str, Any]:
+    model.eval()
+    passes = [_loss_report(batch, *token_loss(batch)) for batch in batches]
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    return {
+        "passes": [each for each in passes if isinstance(each["loss"], str)],
         "modules": {name: _module_report(p) for name, p in trained.items()},
     }
 
 
+def _loss_report(batch: Batch, loss_sum: Tensor, num_targets: int) -> dict[str, Any]:
+    return {
+        "rows": list(batch.row_ids),
+        "num_tokens": batch.input_ids.numel(),
+        "loss": _number(loss_sum / max(1, num_targets)),
+    }
+
+
 def _module_report(parameter: nn.Parameter) -> dict[str, Any]:
-    report = {"norm": _number(parameter.detach().norm()), "num_not_finite": _count(parameter)}
-    if parameter.grad is not None:
-        report["grad_norm"] = _number(parameter.grad.norm())
-        report["grad_num_not_finite"] = _count(parameter.grad)
-    return report
+    return {"norm": _number(parameter.detach().norm()), "num_not_finite": _count(parameter)}
+
+
+def _gradient_report(parameter: nn.Parameter) -> dict[str, Any]:
+    gradient = parameter.grad
+    if gradient is None:
+        return {}
+    return {"grad_norm": _number(gradient.norm()), "grad_num_not_finite": _count(gradient)}
 
 
 def _count(values: Tensor) -> int:

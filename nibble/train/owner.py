@@ -7,6 +7,7 @@ or was here before it was started again, is taken over.
 """
 
 import errno
+import fcntl
 import json
 import os
 import secrets
@@ -103,13 +104,11 @@ def _locked(folder: Path) -> BinaryIO:
 def _lock(file: BinaryIO, folder: Path) -> None:
     """Lock the file and write our line."""
     try:
-        import fcntl
-
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise _in_use(folder, _owner_soon(file)) from None
-    except (ImportError, OSError) as error:
-        if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
             raise
         _take_by_line(file, folder)
     else:

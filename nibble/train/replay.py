@@ -8,11 +8,11 @@ from pathlib import Path
 from nibble.config import RunConfig
 from nibble.data.dataset import Dataset, build_dataset
 from nibble.errors import DataError, NibbleError, UnavailableError, UsageError
-from nibble.events import Emit, StepEnd, last_attempts, read_events
+from nibble.events import Emit, RunStart, StepEnd, last_attempts, read_events
 from nibble.model.files import find_model
-from nibble.model.load import load_tokenizer
-from nibble.train import folder, trainer
-from nibble.train.exact import take_threads
+from nibble.model.tokenizer import load_tokenizer
+from nibble.train import checkpoint, folder, trainer
+from nibble.train.exact import threads_of
 from nibble.train.manifest import differences, identity_of, listed, read_manifest
 
 # Step, what was measured, and its values.
@@ -35,34 +35,64 @@ class Replay:
 
 
 def replay(out: Path, into: Path, emit: Emit = lambda event: None) -> Replay:
-    """Run what stands in `out` once more in the empty folder `into`; both must come out equal.
+    """Run what stands in `out` once more in the folder `into`; both must come out equal.
+
+    Args:
+        into: Empty, or with an earlier attempt of this, which is continued.
 
     Raises:
         UsageError: If there is no finished run in `out`.
-        DataError: If the run would be made of something else now; nothing is run.
-        FolderInUseError: If there is something in `into`.
-        UnavailableError: If another environment gave other bits.
+        DataError: If the run would be made of something else now, or was on its way; nothing is
+            run.
+        FolderInUseError: If there is something else in `into`.
+        UnavailableError: If another environment, now or on the way, gave other bits.
         NibbleError: If the same environment gave other bits.
     """
     run, end = folder.read_run(out), folder.last_end(out)
     identity, environment = read_manifest(out)
     if run is None or end is None or end.reason != folder.FINISHED or not identity:
         raise UsageError(f"there is no finished run in {out}", fix="finish it with `nibble train`")
-    folder.refuse_content(into)
+    on_the_way = _changed_on_the_way(out)
+    _check_repeatable(out, [name for name in on_the_way if name in identity])
     again = run.with_values({"out": str(into)}, "flag")
+    standing = folder.read_run(into)
+    if into.resolve() == out.resolve() or standing is None or folder.changed_keys(standing, again):
+        folder.refuse_content(into)
     dataset = _same_dataset(again, identity, out)
-    take_threads(environment)
-    with folder.hold(into):
+    with folder.hold(into), threads_of(environment):
         trainer.train(again, emit, plan=folder.read_plan(out) or None, dataset=dataset)
     first, second = _figures(out), _figures(into)
     parted = next((a or b for a, b in zip_longest(first, second) if a != b), None)
     end_again = folder.last_end(into)
     has_equal_weights = end_again is not None and end.adapter_sha256 == end_again.adapter_sha256
     if parted is not None or not has_equal_weights:
-        changed = differences(environment, read_manifest(into)[1])
-        raise _unequal(run, f"{out} and {into}", parted, changed)
+        changed = [f"{name} on the way" for name in on_the_way]
+        apart = {**differences(environment, read_manifest(into)[1]), **_pass_sizes(out, into)}
+        changed += [listed(apart)] if apart else []
+        raise _unequal(run, f"{out} and {into}", parted, ", ".join(changed))
     num_steps = sum(what == "training loss" for _, what, *_ in first)
     return Replay(end.adapter_sha256, num_steps, len(first) - num_steps)
+
+
+def _changed_on_the_way(out: Path) -> list[str]:
+    """The names of what was not as before when the run went on."""
+    starts = (e for e in read_events(out / folder.EVENTS_FILE) if isinstance(e, RunStart))
+    return sorted({str(name) for start in starts for name in start.changed})
+
+
+def _check_repeatable(out: Path, changed: list[str]) -> None:
+    if changed:
+        raise DataError(
+            f"{out} was changed on its way ({', '.join(changed)})",
+            fix="only a run that kept what it was made of can be repeated from its start",
+        )
+
+
+def _pass_sizes(out: Path, into: Path) -> dict[str, tuple[str, str]]:
+    """Rows in a forward pass at the end of both, where memory ran short in one of them."""
+    ends = [checkpoint.latest(each / folder.CHECKPOINTS)[0] for each in (out, into)]
+    first, second = (str(found.state.micro_batch_size) if found else "" for found in ends)
+    return {} if first == second else {"rows in a forward pass": (first, second)}
 
 
 def _same_dataset(run: RunConfig, identity: dict[str, str], out: Path) -> Dataset:
@@ -89,15 +119,13 @@ def _figures(out: Path) -> list[Figure]:
     ]
 
 
-def _unequal(
-    run: RunConfig, both: str, parted: Figure | None, changed: dict[str, tuple[str, str]]
-) -> NibbleError:
+def _unequal(run: RunConfig, both: str, parted: Figure | None, changed: str) -> NibbleError:
     where = f"the {parted[1]} of step {parted[0]} on" if parted else "the weights"
     what = f"{both} are not equal, from {where}"
     if changed:
         return UnavailableError(
-            f"{what}; the environment is not that of the run ({listed(changed)})",
-            fix="bring it back: the same inputs give the same bits in the same environment",
+            f"{what}; they did not run in the same environment throughout ({changed})",
+            fix="the same inputs give the same bits in the same environment, from start to end",
         )
     fix = "please report it, with both folders"
     if run.train.exactness != "exact":

@@ -36,7 +36,11 @@ class Reporter:
         self.log(event)
         if self.table is not None:
             self.table(event)
-        self.emit(event)
+        try:
+            self.emit(event)
+        except OSError as error:
+            # Not of the run's disk: that would be told to free space.
+            raise RuntimeError(f"who listens to the run failed: {error}") from error
 
     @contextmanager
     def end_told(self) -> Iterator[None]:

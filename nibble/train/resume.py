@@ -18,8 +18,11 @@ def find_state(
     identity: dict[str, str],
     allow_change: Collection[str],
     emit: Emit,
-) -> TrainState:
+) -> tuple[TrainState, list[str]]:
     """Load the newest whole checkpoint into `optimizer`, and say which newer ones are damaged.
+
+    Returns:
+        Where the run stands, and the names in `identity` of what has changed since.
 
     Args:
         folder: The checkpoints of a run.
@@ -33,7 +36,7 @@ def find_state(
     checkpoint.clear_unfinished(folder)
     found, damages = checkpoint.latest(folder)
     if found is None:
-        return TrainState()
+        return TrainState(), []
     changed = differences(found.identity, identity)
     refused = [name for name in changed if name not in allow_change]
     if refused:
@@ -47,4 +50,4 @@ def find_state(
         emit(WarningRaised(f"{damage}; going on from step {state.step} instead"))
     if changed:
         emit(WarningRaised(f"going on with other {', '.join(changed)} than the run began with"))
-    return state
+    return state, list(changed)

@@ -2,16 +2,17 @@
 
 import platform
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 
 from nibble.config import RunConfig, check_run, interval_seconds
 from nibble.data.dataset import Dataset
-from nibble.data.loader import eval_batches
+from nibble.data.loader import Batch, eval_batches
 from nibble.disk import disk_errors, fault, file_sha256
 from nibble.errors import NonFiniteError, UsageError
 from nibble.events import (
@@ -32,10 +33,16 @@ from nibble.events import (
 from nibble.train import checkpoint, folder, history
 from nibble.train.checkpoint import TrainState
 from nibble.train.evaluate import EVAL_TOKENS, evaluate
-from nibble.train.exact import check_environment, exactness, take_threads
+from nibble.train.exact import check_environment, exactness, threads_of
 from nibble.train.interrupt import Asked, StopSignal, stop_signals
 from nibble.train.job import Job, build_job, open_keys
-from nibble.train.manifest import environment, identity_of, read_manifest, write_manifest
+from nibble.train.manifest import (
+    differences,
+    environment,
+    identity_of,
+    read_manifest,
+    write_manifest,
+)
 from nibble.train.memory import available_bytes, keep_heap_dense
 from nibble.train.nonfinite import write_report
 from nibble.train.optimizer import learning_rate
@@ -47,6 +54,8 @@ from nibble.train.resume import find_state
 
 # Up to this share of the free memory the holes of the heap fit beside the tensors.
 ROOMY_SHARE = 0.4
+# A save beside those of the interval waits for so many times the time that the last one took.
+SAVE_PAYS_AFTER = 100
 
 
 @dataclass
@@ -60,6 +69,8 @@ class Course:
         stop: What was asked of it meanwhile.
         report: Where its events go.
         resumed_from: The step whose checkpoint it went on from.
+        saved_at: When the last checkpoint was written, or the loop began.
+        save_seconds: How long that took.
     """
 
     job: Job
@@ -68,6 +79,8 @@ class Course:
     stop: StopSignal
     report: Reporter
     resumed_from: int | None
+    saved_at: float = field(default_factory=time.monotonic)
+    save_seconds: float = 0.0
 
 
 def train(
@@ -95,13 +108,14 @@ def train(
         raise UsageError(f"{', '.join(open_keys(run))}: auto must be planned first")
     out = folder.folder_of(run)
     with disk_errors(f"{out}: a file cannot be read or written"):
-        changed = folder.enter(run, allow_change)
+        changed = folder.check_changes(run, allow_change)
         if folder.is_finished(out) and not changed:
             return read_result(out)
+        if not folder.has_begun(out):
+            folder.write_run(run)
         predicted = folder.record_plan(out, plan)
-        if run.train.exactness == "exact":
-            take_threads(read_manifest(out)[1])
-        with closing(EventLog(out / folder.EVENTS_FILE)) as log:
+        began_with = read_manifest(out)[1] if run.train.exactness == "exact" else {}
+        with closing(EventLog(out / folder.EVENTS_FILE)) as log, threads_of(began_with):
             report = Reporter(log, emit)
             with report.end_told():
                 _train(run, report, predicted, dataset, allow_change)
@@ -147,16 +161,19 @@ def _restore(
     run, now = job.run, environment()
     identity = identity_of(run, job.tokenizer, job.dataset)
     checkpoints = job.out / folder.CHECKPOINTS
-    checkpoint.check_room(checkpoints, job.optimizer)
-    state = find_state(
+    checkpoint.check_room(checkpoints, job.optimizer, has_eval=bool(job.dataset.eval))
+    state, changed = find_state(
         checkpoints, job.optimizer, identity=identity, allow_change=allow_change, emit=report
     )
     if state.step:
-        warning = check_environment(run.train.exactness, read_manifest(job.out)[1], now)
+        began_with = read_manifest(job.out)[1]
+        warning = check_environment(run.train.exactness, began_with, now)
         if warning:
             report(WarningRaised(warning))
+        changed += differences(began_with, now) if began_with else []
         if "train.micro_batch_size" not in allow_change:
             job.loader.micro_batch_size = state.micro_batch_size
+    folder.write_run(run)
     write_manifest(job.out, identity, now)
     past = read_events(job.out / folder.EVENTS_FILE)
     standing = last_attempts(past, state.step) if state.step else []
@@ -173,6 +190,7 @@ def _restore(
             num_eval_rows=len(job.dataset.eval),
             versions={"python": platform.python_version(), "torch": torch.__version__},
             num_threads=torch.get_num_threads(),
+            changed=changed,
         )
     )
     return state, identity
@@ -186,20 +204,17 @@ def _fit(course: Course, *, has_room: bool) -> None:
         _evaluate(course)
     if not has_room:
         rehearse(job.token_loss, job.loader, job.steps, job.optimizer, emit=course.report)
-    saved_at = time.monotonic()
     if state.step:
         stop.standing = f"step {state.step} of {job.steps} is saved"
         if state.is_eval_due and _evaluate(course) and state.is_best:
             _save(course)
     while state.step < job.steps:
-        with _nonfinite_reported(course), stop.patience(within):
+        with stop.patience(within):
             _step(course)
             if state.is_eval_due:
                 _evaluate(course)
-            is_due = state.is_best or _must_save(job.run.train.save_every, state.step, saved_at)
-            if state.step == job.steps or stop.name or is_due:
+            if state.step == job.steps or stop.name or _is_save_due(course):
                 _save(course)
-                saved_at = time.monotonic()
         if stop.name:
             raise stop.error()
 
@@ -215,15 +230,17 @@ def _step(course: Course) -> None:
         schedule=optim.schedule,
     )
     start = time.monotonic()
-    result = step_within_memory(
-        job.token_loss,
-        job.loader,
-        state.step,
-        job.optimizer,
-        lr=lr,
-        max_grad_norm=optim.max_grad_norm,
-        emit=course.report,
-    )
+    passes = partial(job.loader.micro_batches, state.step)
+    with _nonfinite_reported(job, state.step + 1, passes):
+        result = step_within_memory(
+            job.token_loss,
+            job.loader,
+            state.step,
+            job.optimizer,
+            lr=lr,
+            max_grad_norm=optim.max_grad_norm,
+            emit=course.report,
+        )
     seconds = time.monotonic() - start
     state.step += 1
     state.tokens += result.tokens
@@ -249,9 +266,10 @@ def _step(course: Course) -> None:
 
 
 @contextmanager
-def _nonfinite_reported(course: Course) -> Iterator[None]:
+def _nonfinite_reported(
+    job: Job, step: int, batches: Callable[[], Iterable[Batch]], *, is_held_out: bool = False
+) -> Iterator[None]:
     """An error that leaves the block names the file that says which rows and modules it is of."""
-    job, step = course.job, course.state.step
     try:
         yield
     except NonFiniteError as error:
@@ -259,12 +277,13 @@ def _nonfinite_reported(course: Course) -> Iterator[None]:
             job.out,
             job.model,
             job.token_loss,
-            job.loader.micro_batches(step),
-            step=step + 1,
+            batches(),
+            step=step,
             reason=error.what,
+            is_held_out=is_held_out,
         )
         raise NonFiniteError(
-            f"step {step + 1}: {error.what} ({path} has more)", fix=error.fix
+            f"step {step}: {error.what} ({path} has more)", fix=error.fix
         ) from None
 
 
@@ -310,15 +329,16 @@ def _evaluate(course: Course) -> EvalEnd | None:
     job, state, stop = course.job, course.state, course.stop
     if not job.dataset.eval or stop.name:
         return None
-    batches = eval_batches(job.dataset.eval, max_tokens=EVAL_TOKENS)
+    batches = partial(eval_batches, job.dataset.eval, max_tokens=EVAL_TOKENS)
     try:
-        end = evaluate(
-            job.model,
-            stop.until_asked(batches),
-            step=state.step,
-            autocast=job.autocast,
-            device=job.device,
-        )
+        with _nonfinite_reported(job, state.step, batches, is_held_out=True):
+            end = evaluate(
+                job.model,
+                stop.until_asked(batches()),
+                step=state.step,
+                autocast=job.autocast,
+                device=job.device,
+            )
     except Asked:
         return None
     course.report(end)
@@ -333,15 +353,19 @@ def _save(course: Course) -> None:
     start = time.monotonic()
     # What stands in the checkpoint stands in the log as well, whatever happens.
     report.log.sync()
-    saved = checkpoint.save(
-        job.out / folder.CHECKPOINTS,
-        state,
-        job.optimizer,
-        identity=course.identity,
-        resumed_from=course.resumed_from,
-    )
+    passes = partial(job.loader.micro_batches, state.step - 1)
+    with _nonfinite_reported(job, state.step, passes):
+        saved = checkpoint.save(
+            job.out / folder.CHECKPOINTS,
+            state,
+            job.optimizer,
+            identity=course.identity,
+            resumed_from=course.resumed_from,
+        )
     course.stop.standing = f"step {state.step} of {job.steps} is saved"
-    report(CheckpointSaved(state.step, str(saved), time.monotonic() - start))
+    course.saved_at = time.monotonic()
+    course.save_seconds = course.saved_at - start
+    report(CheckpointSaved(state.step, str(saved), course.save_seconds))
     moments = job.optimizer.moments
     if isinstance(moments, PagedMoments):
         report(
@@ -363,7 +387,11 @@ def _is_due(every: int | None, step: int) -> bool:
     return every is not None and step % every == 0
 
 
-def _must_save(every: int | str, step: int, saved_at: float) -> bool:
+def _is_save_due(course: Course) -> bool:
+    """Whether the interval is over, or the run is at its best; that may take 1 % of the time."""
+    every, state = course.job.run.train.save_every, course.state
     if isinstance(every, int):
-        return step % every == 0
-    return time.monotonic() - saved_at >= interval_seconds(every, "train.save_every")
+        return state.is_best or state.step % every == 0
+    seconds = time.monotonic() - course.saved_at
+    is_cheap = seconds >= SAVE_PAYS_AFTER * course.save_seconds
+    return (state.is_best and is_cheap) or seconds >= interval_seconds(every, "train.save_every")

@@ -9,7 +9,7 @@ import pytest
 import nibble
 from nibble.data.dataset import build_dataset
 from nibble.data.loader import Loader, eval_batches
-from nibble.model.load import load_tokenizer
+from nibble.model.tokenizer import load_tokenizer
 from nibble.plan import rows as module
 from nibble.plan.rows import Rows, full_rows, rows_of
 

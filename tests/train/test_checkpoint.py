@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from nibble.disk import faults_at
 from nibble.errors import DiskError, FolderInUseError, NonFiniteError
 from nibble.train.checkpoint import (
     MANIFEST_FILE,
@@ -19,6 +20,7 @@ from nibble.train.checkpoint import (
     TrainState,
     check_room,
     latest,
+    most_at_once,
     restore,
     save,
     validate,
@@ -125,7 +127,7 @@ def test_what_comes_after_the_one_resumed_from_is_dropped(tmp_path):
 
 def test_no_value_that_is_not_a_number_is_saved(tmp_path):
     for value in (float("nan"), float("inf")):
-        with pytest.raises(NonFiniteError, match=r"after step 3 group0\.value holds NaN"):
+        with pytest.raises(NonFiniteError, match=r"group0\.value holds NaN"):
             _save(tmp_path, 3, value)
     assert list(tmp_path.iterdir()) == []
 
@@ -153,13 +155,41 @@ def test_unwritable_folder(tmp_path):
 def test_room_for_those_that_stand_at_once(tmp_path, monkeypatch):
     """Of four values and their moments: 48 bytes each."""
     optimizer, folder = _optimizer(), tmp_path / "checkpoints"
-    check_room(folder, optimizer)
+    check_room(folder, optimizer, has_eval=True)
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=143))
     with pytest.raises(DiskError, match="has 143 B free, and 3 checkpoints take 144 B"):
-        check_room(folder, optimizer)
-    _save(folder, 1)
-    check_room(folder, optimizer)
+        check_room(folder, optimizer, has_eval=False)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=191))
+    with pytest.raises(DiskError, match="has 191 B free, and 4 checkpoints take 192 B"):
+        check_room(folder, optimizer, has_eval=True)
+    check_room(folder, optimizer, has_eval=False)
+
+
+def test_room_beside_the_one_that_is_resumed_from(tmp_path, monkeypatch):
+    """What stands is room, and the one resumed from stays beside the others."""
+    optimizer, folder = _optimizer(), tmp_path / "checkpoints"
+    for step in (1, 2):
+        _save(folder, step)
+    held = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    usage = shutil.disk_usage(tmp_path)
+    for free, has_room in ((5 * 48 - held, True), (5 * 48 - held - 1, False)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=free))  # noqa: B023
+        if has_room:
+            check_room(folder, optimizer, has_eval=True)
+        else:
+            with pytest.raises(DiskError, match="and 5 checkpoints take 240 B"):
+                check_room(folder, optimizer, has_eval=True)
+
+
+def test_as_many_stand_as_there_was_room_for(tmp_path):
+    """Two newest, the best, the one resumed from, and the one being written."""
+    seen = []
+    with faults_at(lambda name, *paths: seen.append(len([*tmp_path.glob("*step-*")]))):
+        for step, loss in ((1, 3.0), (2, 1.0), (3, 2.0), (4, 2.5), (5, 2.6), (6, 2.7)):
+            state = TrainState(step, eval_loss=loss, best_eval_loss=min(loss, 1.0))
+            save(tmp_path, state, _optimizer(), identity={}, resumed_from=1)
+    assert max(seen) == most_at_once(has_eval=True, is_resumed=True) == 5
 
 
 def test_the_clock_and_the_times_of_files_do_not_count(tmp_path):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nibble.errors import UnavailableError
-from nibble.train.exact import LEVELS, check_environment, exactness, take_threads
+from nibble.train.exact import LEVELS, check_environment, exactness, threads_of
 
 
 def test_within_the_block_only_deterministic_operations(monkeypatch):
@@ -38,14 +38,12 @@ def test_other_errors_pass():
 
 def test_threads_are_those_the_run_began_with():
     before = torch.get_num_threads()
-    try:
-        take_threads({"threads": "3"})
+    with threads_of({"threads": "3"}):
         assert torch.get_num_threads() == 3
         for nothing in ({}, {"threads": "x"}, {"threads": "0"}, {"threads": "-1"}):
-            take_threads(nothing)
-            assert torch.get_num_threads() == 3
-    finally:
-        torch.set_num_threads(before)
+            with threads_of(nothing):
+                assert torch.get_num_threads() == 3
+    assert torch.get_num_threads() == before
 
 
 def test_another_environment_is_refused_or_said():

@@ -5,7 +5,7 @@ from contextlib import closing
 import pytest
 
 from nibble.config import load_config
-from nibble.errors import FolderInUseError
+from nibble.errors import DiskError, FolderInUseError, UsageError
 from nibble.events import EventLog, RunEnd, RunStart
 from nibble.train import folder
 
@@ -16,7 +16,9 @@ def _run(path, *more):
 
 def _enter(run, **more):
     with folder.hold(folder.folder_of(run)):
-        return folder.enter(run, **more)
+        changed = folder.check_changes(run, **more)
+        folder.write_run(run)
+        return changed
 
 
 def test_run_file_is_a_recipe_with_origins(tmp_path):
@@ -41,6 +43,48 @@ def test_something_else_in_the_folder(tmp_path):
     assert (tmp_path / "thesis.txt").read_text() == "precious"
     with pytest.raises(FolderInUseError, match="is a file"), folder.hold(tmp_path / "thesis.txt"):
         pass
+
+
+def test_a_config_of_the_users_own_is_no_run(tmp_path):
+    """A run.yaml alone; with a lock or events beside it, as a run leaves it, it is one."""
+    (tmp_path / "run.yaml").write_text("model:\n  name: m\n")
+    with (
+        pytest.raises(FolderInUseError, match=r"holds something else \(run.yaml\)"),
+        folder.hold(tmp_path),
+    ):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["run.yaml"]
+    (tmp_path / "events.jsonl").write_text("")
+    with folder.hold(tmp_path):
+        pass
+
+
+def test_a_name_that_no_disk_takes(tmp_path):
+    long = tmp_path / ("x" * 300)
+    with pytest.raises(DiskError, match="cannot use the output folder"), folder.hold(long):
+        pass
+    with pytest.raises(DiskError, match="cannot use the output folder"):
+        folder.refuse_content(long)
+
+
+def test_a_lock_that_was_left_is_no_content(tmp_path):
+    (tmp_path / ".lock").write_text("")
+    folder.refuse_content(tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FolderInUseError, match="is not empty"):
+        folder.refuse_content(tmp_path)
+
+
+def test_what_is_refused_leaves_what_stands(tmp_path):
+    run = _run(tmp_path / "a")
+    _enter(run)
+    (tmp_path / "a" / "checkpoints").mkdir()
+    with pytest.raises(UsageError, match=r"--allow-change lora\.rnk") as error:
+        _enter(_run(tmp_path / "a", "lora.rank=8"), allow_change=["lora.rnk"])
+    assert "lora.rank" in error.value.fix
+    with folder.hold(tmp_path / "a"):
+        assert folder.check_changes(_run(tmp_path / "a", "lora.rank=8"), ["lora.rank", "data"])
+    assert folder.read_run(tmp_path / "a").flat() == run.flat()
 
 
 def test_a_run_that_died_while_it_wrote_its_first_file(tmp_path):

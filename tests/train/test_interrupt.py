@@ -15,6 +15,7 @@ KINDS = {
     signal.SIGINT: (RunInterrupted, 130),
     signal.SIGTERM: (StoppedError, 75),
     signal.SIGUSR1: (StoppedError, 75),
+    signal.SIGHUP: (StoppedError, 75),
 }
 
 
@@ -26,11 +27,22 @@ def _send(*numbers):
 @pytest.mark.parametrize("number", KINDS)
 def test_before_the_loop_a_signal_ends_at_once(number):
     kind, exit_code = KINDS[number]
-    match = f"stopped by {number.name}; nothing was trained yet"
+    match = f"stopped by {number.name}; nothing was trained this time"
     with pytest.raises(kind, match=match) as error, stop_signals():
         _send(number)
     assert error.value.exit_code == exit_code
     assert "run the same command again" in error.value.fix
+
+
+def test_a_terminal_that_goes_ends_no_run_under_nohup():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stop_signals() as stop:
+            _send(signal.SIGHUP)
+            assert not stop.name
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.parametrize("number", KINDS)

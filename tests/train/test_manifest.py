@@ -12,6 +12,7 @@ from nibble.data.dataset import Dataset, DatasetReport
 from nibble.data.packing import pack
 from nibble.errors import DiskError
 from nibble.train import manifest
+from nibble.train.folder import INPUTS
 from nibble.train.manifest import (
     MANIFEST_FILE,
     differences,
@@ -129,6 +130,12 @@ def test_round_trip_and_what_cannot_be_read(tmp_path):
     for content in ("", "{", "[]", "7", '{"identity": 3}', '{"identity": {}, "environment": 1}'):
         (tmp_path / MANIFEST_FILE).write_text(content)
         assert read_manifest(tmp_path) == ({}, {})
+    (tmp_path / MANIFEST_FILE).write_text('{"identity": {"a": 1}, "environment": {"threads": 1}}')
+    assert read_manifest(tmp_path) == ({}, {})
+
+
+def test_what_a_run_is_made_of_is_its_config_and_its_inputs(parts):
+    assert {*_identity(parts)} == {*load_config(None).flat()} - {"out"} | {*INPUTS}
 
 
 def test_differences_name_what_one_side_lacks():

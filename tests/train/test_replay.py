@@ -1,14 +1,26 @@
 """A run is repeated bit by bit, or it is said why not."""
 
 import json
+import os
 import shutil
+import signal
+from contextlib import closing
+from dataclasses import replace
 
 import pytest
 import torch
 
 import nibble
-from nibble.errors import DataError, FolderInUseError, NibbleError, UnavailableError, UsageError
-from nibble.train import trainer
+from nibble.errors import (
+    DataError,
+    FolderInUseError,
+    NibbleError,
+    StoppedError,
+    UnavailableError,
+    UsageError,
+)
+from nibble.events import EventLog, RunEnd, RunStart, StepEnd, read_events
+from nibble.train import checkpoint, trainer
 from nibble.train.manifest import MANIFEST_FILE
 from nibble.train.replay import replay
 
@@ -49,6 +61,61 @@ def test_threads_are_those_of_the_run(finished, tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "set_num_threads", taken.append)
     replay(finished / "run", tmp_path / "again")
     assert set(taken) == {before}
+
+
+def test_one_that_was_stopped_goes_on(finished, tmp_path):
+    def stop_after_two(event):
+        if isinstance(event, StepEnd) and event.step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(StoppedError, match="step 2 of 4 is saved"):
+        replay(finished / "run", tmp_path / "again", stop_after_two)
+    again = replay(finished / "run", tmp_path / "again")
+    steps = [e for e in read_events(tmp_path / "again" / "events.jsonl") if isinstance(e, StepEnd)]
+    assert [event.step for event in steps] == [1, 2, 3, 4]
+    assert replay(finished / "run", tmp_path / "again") == again
+
+
+@pytest.fixture
+def finished_copy(finished, tmp_path):
+    shutil.copytree(finished / "run", tmp_path / "run")
+    return tmp_path / "run"
+
+
+def _say_it_went_on_with_other(out, *names):
+    with closing(EventLog(out / "events.jsonl")) as log:
+        log(RunStart("qlora", "m", "cpu", 4, 2, 1, 0, {}, 1, changed=[*names]))
+        log(RunEnd("finished", 1.0, 1, 1, adapter_sha256={}))
+
+
+def test_a_run_that_was_changed_on_its_way_is_refused(finished_copy, tmp_path):
+    _say_it_went_on_with_other(finished_copy, "optim.lr", "threads", "data")
+    with pytest.raises(DataError, match=r"changed on its way \(data, optim\.lr\)"):
+        replay(finished_copy, tmp_path / "again")
+    assert not (tmp_path / "again").exists()
+
+
+def test_another_environment_on_the_way_may_have_given_other_bits(finished_copy, tmp_path):
+    _say_it_went_on_with_other(finished_copy, "threads")
+    with pytest.raises(UnavailableError, match=r"throughout \(threads on the way\)"):
+        replay(finished_copy, tmp_path / "again")
+
+
+def test_smaller_passes_as_memory_ran_short_may_have_given_other_bits(
+    finished_copy, tmp_path, monkeypatch
+):
+    found = checkpoint.latest
+
+    def smaller(folder):
+        whole, damages = found(folder)
+        if whole and folder.parent == finished_copy:
+            whole = replace(whole, state=replace(whole.state, micro_batch_size=1))
+        return whole, damages
+
+    monkeypatch.setattr(checkpoint, "latest", smaller)
+    _say_it_went_on_with_other(finished_copy)
+    with pytest.raises(UnavailableError, match=r"\(rows in a forward pass: 1 -> 2\)"):
+        replay(finished_copy, tmp_path / "again")
 
 
 def test_other_data_is_found_before_anything_runs(finished, tmp_path):

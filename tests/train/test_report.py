@@ -5,6 +5,7 @@ from contextlib import closing
 
 import pytest
 
+from nibble.disk import disk_errors
 from nibble.errors import NonFiniteError
 from nibble.events import EventLog, MetricsTable, RunEnd, StepEnd, WarningRaised, read_events
 from nibble.train.report import Reporter
@@ -53,6 +54,21 @@ def test_an_end_that_cannot_be_written_does_not_hide_the_error(report, monkeypat
     monkeypatch.setattr(report, "log", full)
     with pytest.raises(NonFiniteError), report.end_told():
         raise NonFiniteError("the loss is nan", fix="")
+
+
+def test_a_listener_that_fails_is_no_fault_of_the_disk(report):
+    report, _, folder = report
+
+    def hang_up(event):
+        raise ConnectionRefusedError("nobody listens")
+
+    report.emit = hang_up
+    with (
+        pytest.raises(RuntimeError, match="who listens to the run failed: nobody listens"),
+        disk_errors("the run"),
+    ):
+        report(STEP)
+    assert list(read_events(folder / "events.jsonl")) == [STEP]
 
 
 def test_a_mistake_in_the_code_is_no_end(report):

@@ -1,9 +1,7 @@
 """The result of a run is read off its log."""
 
-import math
 from contextlib import closing
 from dataclasses import replace
-from pathlib import Path
 
 from nibble.events import EvalEnd, EventLog, RunEnd, StepEnd
 from nibble.train.result import Result, read_result
@@ -26,11 +24,3 @@ def test_the_last_of_each_counts(tmp_path):
         peak_memory_bytes=3000,
         tokens_per_s=30.0,
     )
-
-
-def test_a_log_without_an_end(tmp_path):
-    (tmp_path / "events.jsonl").write_text("")
-    result = read_result(tmp_path)
-    assert math.isnan(result.final_loss)
-    assert (result.eval_loss, result.tokens_per_s) == (None, 0.0)
-    assert result.adapter == Path(tmp_path / "adapter")

@@ -26,10 +26,11 @@ def folder(tmp_path):
 
 def _find(folder, *, identity=IDENTITY, allow_change=()):
     events, optimizer = [], _optimizer()
-    state = find_state(
+    state, changed = find_state(
         folder, optimizer, identity=identity, allow_change=allow_change, emit=events.append
     )
     warnings = [event.message for event in events if isinstance(event, WarningRaised)]
+    assert changed == [name for name in identity if identity[name] != IDENTITY[name]]
     return state.step, optimizer.groups[0].parameters[0][0].item(), warnings
 
 

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import signal
 import time
@@ -22,6 +23,7 @@ from nibble.errors import (
     UsageError,
 )
 from nibble.events import (
+    CheckpointSaved,
     EvalEnd,
     LoadEnd,
     PagesMoved,
@@ -31,6 +33,8 @@ from nibble.events import (
     read_events,
 )
 from nibble.train import checkpoint, evaluate, optimizer, trainer
+from nibble.train import folder as folder_of_run
+from nibble.train.replay import replay
 
 peft = pytest.importorskip("peft")
 FAMILIES = (
@@ -172,15 +176,15 @@ def test_what_is_no_number_stops_the_run_and_is_not_saved(
 
     monkeypatch.setattr(trainer, "build_job", keep)
     run = _run(folder, data, tmp_path / "out", *settings)
-    match = "after step 2 .* it was not saved" if where == "weight" else "step 3: the gradient norm"
+    match = "step 2: .* it was not saved" if where == "weight" else "step 3: the gradient norm"
     with pytest.raises(NonFiniteError, match=match) as error:
         nibble.train(run, spoil)
     assert error.value.exit_code == 76
-    if where == "gradient":
-        report = json.loads((tmp_path / "out" / "nonfinite.json").read_text())
-        assert [sorted(each["rows"]) for each in report["passes"]] == [[0, 1, 2]]
-        counts = [m["grad_num_not_finite"] for m in report["passes"][0]["modules"].values()]
-        assert sum(count > 0 for count in counts) == 1
+    report = json.loads((tmp_path / "out" / "nonfinite.json").read_text())
+    assert [sorted(each["rows"]) for each in report["passes"]] == [[0, 1, 2]]
+    count = "grad_num_not_finite" if where == "gradient" else "num_not_finite"
+    counts = [module[count] for module in report["passes"][0]["modules"].values()]
+    assert sum(count > 0 for count in counts) == 1
     saved = sorted((tmp_path / "out" / "checkpoints").glob("step-*"))
     assert [path.name for path in saved] == ([] if where == "weight" else ["step-00000002"])
     parts = nibble.train(run)
@@ -197,9 +201,24 @@ def _digest(result):
 def test_a_held_out_loss_that_is_no_number_stops_the_run(
     tiny_model_folder, data, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(evaluate, "token_metrics", lambda *a, **k: (float("nan"), 0, 1))
-    with pytest.raises(NonFiniteError, match="the held-out loss is nan at rows"):
-        nibble.train(_run(tiny_model_folder("llama"), data, tmp_path / "out"))
+    """Before the first step and after the last one; the report has the held-out rows."""
+    token_metrics = evaluate.token_metrics
+    run = _run(tiny_model_folder("llama"), data, tmp_path / "out")
+    for step in (0, 3):
+        monkeypatch.setattr(evaluate, "token_metrics", token_metrics)
+
+        def spoil(event, step=step):
+            begins = isinstance(event, LoadEnd) if step == 0 else isinstance(event, StepEnd)
+            if begins and getattr(event, "step", 0) == step:
+                monkeypatch.setattr(evaluate, "token_metrics", lambda *a, **k: (math.nan, 0, 1))
+
+        with pytest.raises(NonFiniteError, match=f"step {step}: the held-out loss is nan at rows"):
+            nibble.train(run, spoil)
+        report = json.loads((tmp_path / "out" / "nonfinite.json").read_text())
+        assert (report["step"], report["passes"]) == (step, [])
+        assert report["modules"]
+    monkeypatch.setattr(evaluate, "token_metrics", token_metrics)
+    assert nibble.train(run).eval_loss is not None
 
 
 def test_a_full_disk_ends_the_run_and_what_was_saved_stays(tiny_model_folder, data, tmp_path):
@@ -251,12 +270,39 @@ def test_an_allowed_change_goes_on_from_the_checkpoint(tiny_model_folder, data, 
     with pytest.raises(FolderInUseError, match=r"data: .* -> .*, rows: ") as error:
         nibble.train(longer, allow_change=["train.steps"])
     assert "--allow-change data --allow-change rows" in error.value.fix
+    assert folder_of_run.read_run(out).train.steps == 3
     nibble.train(longer, allow_change=["train.steps", "data", "rows"])
     assert _steps(out) == [1, 2, 3, 4, 5]
     warnings = [
         e.message for e in read_events(out / "events.jsonl") if isinstance(e, WarningRaised)
     ]
     assert "going on with other train.steps, data, rows than the run began with" in warnings
+    assert folder_of_run.read_run(out).train.steps == 5
+    with pytest.raises(DataError, match=r"changed on its way \(data, rows, train.steps\)"):
+        replay(out, tmp_path / "again")
+
+
+def _saves(out):
+    return [e.step for e in read_events(out / "events.jsonl") if isinstance(e, CheckpointSaved)]
+
+
+def test_the_best_is_saved_where_that_is_cheap(tiny_model_folder, data, tmp_path, monkeypatch):
+    """Every step is the best yet; of a long interval only the end must be saved."""
+    monkeypatch.setattr(trainer, "evaluate", _better_every_time)
+    settings = ("train.steps=6", "train.eval_every=1")
+    for name, share, every, expected in (
+        ("cheap", 0, "1h", [1, 2, 3, 4, 5, 6]),
+        ("dear", 1e9, "1h", [1, 6]),
+        ("asked for", 1e9, 100, [1, 2, 3, 4, 5, 6]),
+    ):
+        monkeypatch.setattr(trainer, "SAVE_PAYS_AFTER", share)
+        run = _run(tiny_model_folder("llama"), data, tmp_path / name, *settings)
+        nibble.train(run.with_values({"train.save_every": every}, "flag"))
+        assert _saves(tmp_path / name) == expected, name
+
+
+def _better_every_time(*args, step, **more):
+    return EvalEnd(step, 1 / (1 + step), 1.0, 0.5, 10)
 
 
 @pytest.mark.parametrize("method", ["lora", "qlora", "full"])
