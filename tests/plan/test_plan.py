@@ -157,8 +157,13 @@ class TestData:
 
 @pytest.fixture(scope="module")
 def unread(own_cache):
+    return _unread()
+
+
+def _unread(*more):
     run = config(
         "llama-3.2-1b",
+        *more,
         "data.train=none.jsonl",
         "data.max_seq_len=512",
         "method=qlora",
@@ -187,9 +192,11 @@ class TestPresetWithoutFolder:
         assert made.cost == 2.0 * -(-made.total_seconds // 3600)
 
     def test_the_adapter_and_the_checkpoints_go_to_disk(self, unread):
-        made, _ = unread
-        adapter, moments = 4 * made.num_trainable, 8 * made.num_trainable
-        assert made.disk_bytes == pytest.approx(4 * (moments + adapter) + adapter, rel=1e-3)
+        """Two are kept while one is written; with held-out rows the best is kept as well."""
+        for num_checkpoints, (made, _) in ((3, unread), (4, _unread("data.eval=0.1"))):
+            adapter, moments = 4 * made.num_trainable, 8 * made.num_trainable
+            expected = num_checkpoints * (moments + adapter) + adapter
+            assert made.disk_bytes == pytest.approx(expected, rel=1e-3)
 
 
 SMALL = (
