@@ -73,3 +73,18 @@ def check(byte_tokenizer, monkeypatch, capsys):
         return info.value.code, json.loads(out) if out else None, err
 
     return run
+
+
+@pytest.fixture
+def bad_row_of(check):
+    """bad_row_of(path, num_good=2) is the one bad row of a file; so many others are read."""
+
+    def find(path, *, num_good):
+        code, document, _ = check(path)
+        assert code == 65
+        assert document["is_good"] is False
+        assert document["train"]["num_rows"] == num_good
+        (bad,) = document["train"]["bad_rows"]
+        return bad
+
+    return find
