@@ -26,5 +26,5 @@ def run_card(run: RunConfig, state: TrainState, last: EvalEnd | None) -> str:
     return model_card(
         run.model.name,
         body=f"# A LoRA adapter for {run.model.name}\n\n| | |\n|---|---|\n{table}\n\n"
-        "Trained with nibble. `run.yaml` in the run folder repeats it.",
+        "Trained with nibble. `run.yaml` in the run folder holds every setting.",
     )

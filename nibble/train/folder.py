@@ -171,7 +171,8 @@ def last_end(folder: Path) -> RunEnd | None:
 def run_text(run: RunConfig) -> str:
     """The config as YAML with the origin of every value as a comment.
 
-    The text is a config file: `nibble train run.yaml` repeats the run.
+    The text is a config file, `out` included: `nibble train run.yaml` goes on with the run in its
+    folder, and with another `--out` trains anew.
     """
     lines: list[str] = []
     section = ""
