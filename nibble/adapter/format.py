@@ -104,7 +104,7 @@ def read_adapter(model: nn.Module, folder: str | Path) -> AdaptedLayers:
 
     Raises:
         AdapterError: If a file is missing or broken, a feature is unknown, or a tensor does not
-            fit the model.
+            fit the model, which is left as it was.
     """
     folder = Path(folder)
     config = read_adapter_config(folder)
@@ -117,6 +117,7 @@ def read_adapter(model: nn.Module, folder: str | Path) -> AdaptedLayers:
     _check_keys(set(shapes), set(entries), folder)
     # Before anything is made: a rank that the factors do not have would only fill memory.
     _check_shapes(entries, shapes, folder)
+    tensors = _read_finite(folder / WEIGHTS_FILE, entries)
     adapted = adapt(
         model,
         rank=config.rank,
@@ -125,16 +126,19 @@ def read_adapter(model: nn.Module, folder: str | Path) -> AdaptedLayers:
         target=layers,
         rslora=config.rslora,
     )
-    reader = TensorReader([])
-    for key, parameter in adapter_tensors(model):
-        tensor = reader.read(entries[key])
-        if not torch.isfinite(tensor).all():
-            raise AdapterError(
-                f"{folder / WEIGHTS_FILE}: {key} holds values that are not finite", fix=_FIX
-            )
-        with torch.no_grad():
-            parameter.copy_(tensor)
+    with torch.no_grad():
+        for key, parameter in adapter_tensors(model):
+            parameter.copy_(tensors[key])
     return adapted
+
+
+def _read_finite(path: Path, entries: Mapping[str, Entry]) -> dict[str, Tensor]:
+    reader = TensorReader([])
+    tensors = {key: reader.read(entry) for key, entry in entries.items()}
+    for key, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise AdapterError(f"{path}: {key} holds values that are not finite", fix=_FIX)
+    return tensors
 
 
 def adapter_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -226,7 +226,8 @@ def _build_part(
         warnings.append(f"{told}: check data.train_on and the weights")
     if source.bad_rows:
         first = "; ".join(error.what for error in source.bad_rows[:_SHOWN])
-        more = "; ..." if len(source.bad_rows) > _SHOWN else ""
+        is_more = len(source.bad_rows) > _SHOWN
+        more = "; `nibble data check --json` lists them all" if is_more else ""
         number = f"{len(source.bad_rows):,} of {source.num_read:,} rows"
         warnings.insert(0, f"{name}: {number} are bad and were skipped: {first}{more}")
     return rows, _report(source, rows, counts, data.max_seq_len), warnings

@@ -156,8 +156,10 @@ def test_broken_adapter(tiny_model_folder, adapter_folder, case):
     damage, message = BROKEN[case]
     damage(adapter_folder)
     model, _ = load_base(str(tiny_model_folder("llama")), "float32")
+    before = [name for name, _ in model.named_modules()]
     with pytest.raises(AdapterError, match=message) as error:
         read_adapter(model, adapter_folder)
+    assert [name for name, _ in model.named_modules()] == before
     assert error.value.exit_code == 65
 
 
