@@ -1,8 +1,8 @@
 """Causal attention inside the documents of a packed row, in bfloat16 on a CPU.
 
-Scores and their gradients are float32, as in torch's; what is multiplied by them is in the type
-that the CPU multiplies fastest. Where that is float32, compiled code goes through the documents.
-Elsewhere, and where there are fewer documents and heads than threads, plain products of blocks do:
+Scores and their gradients are float32, as in torch's. Compiled code goes through the documents.
+Where the CPU has matrix units, and where there are fewer documents and heads than threads, plain
+products of blocks do, of probabilities in the type that the CPU multiplies fastest:
 
     rows        256 rows of scores at a time, against the keys up to their end
     heads       as many key heads at once as keep a block in the cache of a core
@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from nibble.kernels.layers_cpu import Library, library_for
-from nibble.kernels.products import product_dtype
+from nibble.kernels.products import has_matrix_units, product_dtype
 from nibble.kernels.target import device_type, is_fake, report_kernel
 
 aten: Any = torch.ops.aten
@@ -244,9 +244,8 @@ def _library_of_documents(
 ) -> Library | None:
     """The compiled code, where it is the faster way; the work on fake tensors is reported."""
     num_parts = (len(documents) - 1) * key.shape[1]
-    is_wide = product_dtype(query) == torch.float32
     has_dense_heads = all(states.stride(-1) == 1 for states in (query, key, value))
-    if not is_wide or not has_dense_heads or num_parts < torch.get_num_threads():
+    if has_matrix_units() or not has_dense_heads or num_parts < torch.get_num_threads():
         return None
     library = library_for(query, key, value)
     if library is not None and is_fake(query):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nibble.kernels import layers_cpu, layers_triton, nf4
-from nibble.kernels.products import cpu_product_dtype
+from nibble.kernels.products import cpu_product_dtype, has_matrix_units
 
 Library = layers_cpu.Library | layers_triton.Library
 
@@ -25,12 +25,14 @@ def paths(device: torch.device) -> dict[str, str]:
     library = (layers_cpu.load() if is_cpu else layers_triton.load(device)) is not None
     fast = "compiled C" if is_cpu else "Triton"
     wide = is_cpu and cpu_product_dtype() == torch.float32
-    attention = "blocks" if is_cpu else "torch"
+    attention = "torch"
+    if is_cpu:
+        attention = fast if library and not has_matrix_units() else "blocks"
     return {
         "4-bit weights": nf4.implementation(device),
         "norms and units": fast if library else "torch",
         "rotations": fast if library else "torch",
         "head": fast if library else "torch",
-        "attention": f"{attention} in float32" if wide else attention,
+        "attention": attention,
         "products": "torch in float32" if wide else "torch in bfloat16",
     }

@@ -19,6 +19,8 @@ _SIZES = (256, 1024, 1024)
 _TIMES = 5
 # Widening has to pay for the conversions too.
 _LEAST_GAIN = 1.25
+# Vectors multiply bfloat16 twice as fast as float32 at most, matrix units eight times or more.
+_MATRIX_GAIN = 4.0
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
@@ -27,13 +29,22 @@ def product_dtype(x: Tensor) -> torch.dtype:
     return cpu_product_dtype() if is_narrow else x.dtype
 
 
-@cache
 def cpu_product_dtype() -> torch.dtype:
     """float32 where this CPU multiplies it much faster than bfloat16, else bfloat16."""
+    return torch.float32 if _float32_gain() > _LEAST_GAIN else torch.bfloat16
+
+
+def has_matrix_units() -> bool:
+    """Whether this CPU multiplies bfloat16 so fast that sums in float32 vectors fall behind."""
+    return 1 / _float32_gain() > _MATRIX_GAIN
+
+
+@cache
+def _float32_gain() -> float:
+    """How many times as fast as bfloat16 this CPU multiplies float32."""
     with _disable_current_modes(), torch.no_grad(), torch.autocast("cpu", enabled=False):
         seconds = {dtype: _seconds(dtype) for dtype in (torch.bfloat16, torch.float32)}
-    gain = seconds[torch.bfloat16] / seconds[torch.float32]
-    return torch.float32 if gain > _LEAST_GAIN else torch.bfloat16
+    return seconds[torch.bfloat16] / seconds[torch.float32]
 
 
 def _seconds(dtype: torch.dtype) -> float:

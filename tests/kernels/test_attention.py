@@ -28,8 +28,9 @@ def code(request, monkeypatch):
 
 @pytest.fixture(params=[torch.bfloat16, torch.float32], ids=str)
 def in_type(request, monkeypatch):
-    """The type in which bfloat16 is multiplied."""
+    """The type in which bfloat16 is multiplied: itself where there are matrix units."""
     monkeypatch.setattr(products, "cpu_product_dtype", lambda: request.param)
+    monkeypatch.setattr(module, "has_matrix_units", lambda: request.param == torch.bfloat16)
 
 
 def states(lengths=(5, 1, 13), heads=6, groups=2, width=8, dtype=torch.float64):
@@ -168,7 +169,7 @@ def _compiled_outcome(inputs, lengths, monkeypatch):
     calls = []
     attend = library.attend_documents
     with monkeypatch.context() as patch:
-        patch.setattr(products, "cpu_product_dtype", lambda: torch.float32)
+        patch.setattr(module, "has_matrix_units", lambda: False)
         patch.setattr(library, "attend_documents", lambda *a: calls.append(a) or attend(*a))
         found = outcome(blocked_attention, inputs, lengths)
     assert len(calls) == 2
@@ -206,11 +207,14 @@ def test_compiled_documents_give_the_same_bits_on_any_number_of_threads(monkeypa
 
 
 def test_blocks_serve_where_there_are_more_threads_than_documents_and_heads(monkeypatch):
-    monkeypatch.setattr(products, "cpu_product_dtype", lambda: torch.float32)
+    monkeypatch.setattr(module, "has_matrix_units", lambda: False)
     query, key, value = states((9,), 4, 2, dtype=torch.bfloat16)
     find = module._library_of_documents
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     assert find(query, key, value, (0, 9), num_products=2) is None
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     assert find(query, key, value, (0, 9), num_products=2) is layers_cpu.load()
+    monkeypatch.setattr(module, "has_matrix_units", lambda: True)
+    assert find(query, key, value, (0, 9), num_products=2) is None
+    monkeypatch.setattr(module, "has_matrix_units", lambda: False)
     assert find(query.mT, key.mT, value.mT, (0, 8), num_products=2) is None

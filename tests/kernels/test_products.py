@@ -6,7 +6,7 @@ from torch import nn
 
 from nibble.kernels import products
 from nibble.kernels.cross_entropy import head_cross_entropy
-from nibble.kernels.products import cpu_product_dtype, product_dtype
+from nibble.kernels.products import cpu_product_dtype, has_matrix_units, product_dtype
 from nibble.kernels.target import planned_device
 from nibble.model.linear4bit import DenseLinear, Linear4bit
 from nibble.model.lora import LoRALinear
@@ -16,9 +16,9 @@ BOTH = (torch.bfloat16, torch.float32)
 
 @pytest.fixture
 def fresh():
-    cpu_product_dtype.cache_clear()
+    products._float32_gain.cache_clear()
     yield
-    cpu_product_dtype.cache_clear()
+    products._float32_gain.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -27,6 +27,12 @@ def fresh():
 def test_the_wide_type_has_to_be_much_faster(monkeypatch, fresh, gain, expected):
     monkeypatch.setattr(products, "_seconds", {BOTH[0]: gain, BOTH[1]: 1.0}.__getitem__)
     assert cpu_product_dtype() == expected
+
+
+@pytest.mark.parametrize(("seconds", "expected"), [(0.1, True), (0.3, False), (1.9, False)])
+def test_matrix_units_show_in_the_time(monkeypatch, fresh, seconds, expected):
+    monkeypatch.setattr(products, "_seconds", {BOTH[0]: seconds, BOTH[1]: 1.0}.__getitem__)
+    assert has_matrix_units() is expected
 
 
 def test_it_is_one_of_two_and_stays(fresh):
