@@ -1,14 +1,16 @@
 """The verbs, and one place where every error becomes a message and an exit code."""
 
+import errno
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 
 import typer
 
 from nibble.commands import chat, config, data, demo, doctor, evaluate, plan, replay, train
 from nibble.environment import wait_passively
-from nibble.errors import NibbleError, RunInterrupted
+from nibble.errors import DiskError, NibbleError, RunInterrupted
 
 app = typer.Typer(
     name="nibble",
@@ -47,7 +49,7 @@ def _run(words: Sequence[str], is_debug: bool) -> int:
     except NibbleError as error:
         if is_debug:
             raise
-        print(f"nibble: {error}", file=sys.stderr)  # noqa: T201
+        _tell(str(error))
         return error.exit_code
     except KeyboardInterrupt:
         return _interrupted()
@@ -58,10 +60,12 @@ def _run(words: Sequence[str], is_debug: bool) -> int:
     except Exception as error:
         if is_debug:
             raise
-        print(  # noqa: T201
-            f"nibble: this is a bug of ours: {type(error).__name__}: {error}\n"
-            "  fix: please report it with the output of the same command and --debug",
-            file=sys.stderr,
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            _tell(f"cannot write what the command says: {error.strerror}")
+            return DiskError.exit_code
+        _tell(
+            f"this is a bug of ours: {type(error).__name__}: {error}\n"
+            "  fix: please report it with the output of the same command and --debug"
         )
         return 1
     return 0
@@ -72,14 +76,21 @@ def _leave(code: int) -> None:
 
     Output that nobody reads any more ends as the interpreter would have it.
     """
+    with suppress(OSError):
+        sys.stderr.flush()
     try:
         sys.stdout.flush()
-        sys.stderr.flush()
     except OSError:
         return
     os._exit(code)
 
 
 def _interrupted() -> int:
-    print("nibble: interrupted", file=sys.stderr)  # noqa: T201
+    _tell("interrupted")
     return RunInterrupted.exit_code
+
+
+def _tell(text: str) -> None:
+    """Say it on stderr; the exit code counts where nobody is there to read."""
+    with suppress(OSError):
+        print(f"nibble: {text}", file=sys.stderr)  # noqa: T201

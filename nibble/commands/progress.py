@@ -30,6 +30,11 @@ class TrainingBar:
         self._task: Any = None
         self._steps = 0
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether a run began while the bar was there."""
+        return self._task is not None
+
     def __enter__(self) -> "TrainingBar":
         self._bar.start()
         return self
@@ -96,9 +101,9 @@ def _quoted(key: str, value: str) -> str:
 
 
 def to_json(values: Any) -> str:
-    """One line of JSON; a document gets the version of its form."""
+    """One line of JSON; a document gets the version of its form, and NaN becomes null."""
     if isinstance(values, dict):
-        values = {"version": 1, **values}
+        values = {"version": 1, **{k: None if v != v else v for k, v in values.items()}}
     return json.dumps(values, ensure_ascii=False)
 
 

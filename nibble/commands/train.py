@@ -49,12 +49,11 @@ def train(
     if fresh:
         folder.refuse_content(target)
     with stop_signals(), folder.hold(target):
-        was_finished = folder.is_finished(target)
         with quick_imports():
             from nibble import api
         with progress.TrainingBar() as bar:
             result = api.train_held(run, bar, anyway=anyway, allow_change=allow_change or ())
-    if was_finished:
+    if not bar.has_begun:
         typer.echo(f"{target} is finished already; nothing to do", err=True)
     if as_json:
         values = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(result).items()}

@@ -6,13 +6,14 @@ with. The same inputs, seeds, versions, number of threads and kind of processor 
 """
 
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 
 from nibble.errors import UnavailableError
-from nibble.train.manifest import differences, listed
+from nibble.train.manifest import MANIFEST_FILE, differences, listed
 
 # Source: https://docs.nvidia.com/cuda/cublas, section "Results reproducibility".
 _CUBLAS_WORKSPACE = ":4096:8"
@@ -56,7 +57,7 @@ def exactness(level: str) -> Iterator[None]:
 def threads_of(environment: Mapping[str, str]) -> Iterator[None]:
     """Within the block torch computes with as many threads as in an environment of a run."""
     before, threads = torch.get_num_threads(), environment.get("threads", "")
-    if threads.isdigit() and int(threads) > 0:
+    if re.fullmatch("[1-9][0-9]{0,3}", threads):
         torch.set_num_threads(int(threads))
     try:
         yield
@@ -68,8 +69,13 @@ def check_environment(level: str, began_with: dict[str, str], now: dict[str, str
     """A sentence on what is not as it was when the run began, or nothing.
 
     Raises:
-        UnavailableError: If there is such a thing and the level is "exact".
+        UnavailableError: If there is such a thing, or nobody knows, and the level is "exact".
     """
+    if level == "exact" and not began_with:
+        raise UnavailableError(
+            "train.exactness=exact: the environment in which the run began is not known",
+            fix=f"bring {MANIFEST_FILE} of its folder back, or start a run in another folder",
+        )
     changed = differences(began_with, now) if began_with else {}
     if not changed:
         return ""

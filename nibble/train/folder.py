@@ -45,6 +45,11 @@ def hold(folder: Path) -> Iterator[None]:
     # A run.yaml alone may be a config of the user's own; a run holds a lock before it writes one.
     is_run = RUN_FILE in names and not names.isdisjoint({LOCK_FILE, EVENTS_FILE})
     content = names - {LOCK_FILE, f".{RUN_FILE}.tmp"}
+    if content and not is_run and {EVENTS_FILE, CHECKPOINTS} <= names:
+        raise FolderInUseError(
+            f"{folder} holds a run whose {RUN_FILE} is gone",
+            fix=f"bring {RUN_FILE} back, or choose another --out",
+        )
     if content and not is_run:
         raise FolderInUseError(
             f"{folder} holds something else ({', '.join(sorted(content)[:3])})",
@@ -139,7 +144,7 @@ def read_plan(folder: Path) -> dict[str, Any]:
     """What was planned for the run; empty where nothing was, or it cannot be read."""
     try:
         plan = json.loads((folder / PLAN_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return plan if isinstance(plan, dict) and _is_usable(plan) else {}
 
@@ -148,23 +153,37 @@ def _is_usable(plan: dict[str, Any]) -> bool:
     """Whether a plan has what a run reads of it."""
     numbers = ("peak_memory_bytes", "uncorrected_peak_memory_bytes", "budget_bytes")
     has_numbers = all(isinstance(plan.get(key), int) and plan[key] > 0 for key in numbers)
-    has_parts = isinstance(plan.get("parts"), dict) and isinstance(plan.get("reasons"), list)
-    return has_numbers and has_parts and isinstance(plan.get("device"), str)
+    parts, reasons = plan.get("parts"), plan.get("reasons")
+    has_parts = isinstance(parts, dict) and all(isinstance(size, int) for size in parts.values())
+    has_reasons = isinstance(reasons, list) and all(isinstance(each, str) for each in reasons)
+    return has_numbers and has_parts and has_reasons and isinstance(plan.get("device"), str)
 
 
 def is_finished(folder: Path) -> bool:
-    """Whether the last thing the run said is that it is finished."""
+    """Whether the last thing the run said is that it is finished, and what it wrote is there."""
     end = last_end(folder)
-    return end is not None and end.reason == FINISHED
+    return (
+        end is not None and end.reason == FINISHED and all(map(Path.is_file, weights(folder, end)))
+    )
+
+
+def weights(folder: Path, end: RunEnd) -> list[Path]:
+    """The files of weights that a finished run wrote; its folder may have been moved since."""
+    return [folder / Path(end.adapter).name / name for name in end.adapter_sha256]
 
 
 def last_end(folder: Path) -> RunEnd | None:
-    """How the run ended; None if it has not, or has begun again since."""
+    """How the run ended; None if it has not, or has begun again since.
+
+    An attempt that was refused before it began takes nothing from a run that is finished.
+    """
     path = folder / EVENTS_FILE
-    end = None
+    end, has_begun = None, True
     for event in read_events(path) if path.is_file() else ():
-        if isinstance(event, RunStart | RunEnd):
-            end = event if isinstance(event, RunEnd) else None
+        if isinstance(event, RunStart):
+            end, has_begun = None, True
+        elif isinstance(event, RunEnd) and has_begun:
+            end, has_begun = event, False
     return end
 
 

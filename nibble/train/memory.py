@@ -17,6 +17,8 @@ _CONTROL_GROUP_FILES = (
         "/sys/fs/cgroup/memory/memory.usage_in_bytes",
     ),
 )
+# Up to this share of the free memory the holes of the heap fit beside the tensors.
+ROOMY_SHARE = 0.4
 # Source: malloc.h of glibc.
 _M_MMAP_THRESHOLD = -3
 _DENSE_THRESHOLD = 1 << 18
@@ -42,6 +44,12 @@ class PeakMemory:
         if self._is_cuda:
             return torch.cuda.max_memory_allocated(self._device)
         return max(0, _high_water_mark() - self._baseline)
+
+
+def is_roomy(peak_bytes: int) -> bool:
+    """Whether a run needs so little of the free memory that it cannot run short."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return peak_bytes <= ROOMY_SHARE * available_bytes(device)
 
 
 def keep_heap_dense() -> bool:

@@ -68,7 +68,7 @@ def held(folder: Path) -> Iterator[None]:
         DiskError: If it cannot be made.
     """
     is_new = not folder.exists()
-    with disk_errors(f"cannot make the output folder {folder}"):
+    with disk_errors(f"cannot use the output folder {folder}"):
         file = _locked(folder)
     try:
         yield

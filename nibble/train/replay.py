@@ -1,22 +1,33 @@
 """Run a finished run once more from its folder, and compare what comes out bit by bit."""
 
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 
+import torch
+
 from nibble.config import RunConfig
 from nibble.data.dataset import Dataset, build_dataset
-from nibble.errors import DataError, NibbleError, UnavailableError, UsageError
-from nibble.events import Emit, RunStart, StepEnd, last_attempts, read_events
+from nibble.disk import disk_errors, file_sha256
+from nibble.errors import DataError, FolderInUseError, NibbleError, UnavailableError, UsageError
+from nibble.events import Emit, RunEnd, RunStart, StepEnd, last_attempts, read_events
 from nibble.model.files import find_model
 from nibble.model.tokenizer import load_tokenizer
 from nibble.train import checkpoint, folder, trainer
 from nibble.train.exact import threads_of
-from nibble.train.manifest import differences, identity_of, listed, read_manifest
+from nibble.train.manifest import (
+    MANIFEST_FILE,
+    differences,
+    identity_of,
+    listed,
+    read_manifest,
+)
 
 # Step, what was measured, and its values.
 Figure = tuple[int, str, float, float]
+_TRAINING = "training loss"
 
 
 @dataclass(frozen=True)
@@ -42,21 +53,32 @@ def replay(out: Path, into: Path, emit: Emit = lambda event: None) -> Replay:
 
     Raises:
         UsageError: If there is no finished run in `out`.
-        DataError: If the run would be made of something else now, or was on its way; nothing is
-            run.
+        DataError: If the run would be made of something else now, or was on its way, or what it
+            wrote is not there any more; nothing is run.
         FolderInUseError: If there is something else in `into`.
         UnavailableError: If another environment, now or on the way, gave other bits.
         NibbleError: If the same environment gave other bits.
+        DiskError: If a file cannot be read or written.
     """
+    with disk_errors(f"{out}: a file cannot be read or written"):
+        return _replay(out, into, emit)
+
+
+def _replay(out: Path, into: Path, emit: Emit) -> Replay:
+    if into.resolve().is_relative_to(out.resolve()):
+        raise FolderInUseError(
+            f"{into} is not empty: it is the run itself", fix="choose another --out"
+        )
     run, end = folder.read_run(out), folder.last_end(out)
     identity, environment = read_manifest(out)
-    if run is None or end is None or end.reason != folder.FINISHED or not identity:
+    if run is None or end is None or end.reason != folder.FINISHED:
         raise UsageError(f"there is no finished run in {out}", fix="finish it with `nibble train`")
+    _check_whole(out, end, identity)
     on_the_way = _changed_on_the_way(out)
     _check_repeatable(out, [name for name in on_the_way if name in identity])
     again = run.with_values({"out": str(into)}, "flag")
     standing = folder.read_run(into)
-    if into.resolve() == out.resolve() or standing is None or folder.changed_keys(standing, again):
+    if standing is None or folder.changed_keys(standing, again):
         folder.refuse_content(into)
     dataset = _same_dataset(again, identity, out)
     with folder.hold(into), threads_of(environment):
@@ -64,14 +86,31 @@ def replay(out: Path, into: Path, emit: Emit = lambda event: None) -> Replay:
     first, second = _figures(out), _figures(into)
     parted = next((a or b for a, b in zip_longest(first, second) if a != b), None)
     end_again = folder.last_end(into)
-    has_equal_weights = end_again is not None and end.adapter_sha256 == end_again.adapter_sha256
+    has_equal_weights = end_again is not None and end.adapter_sha256 == {
+        path.name: file_sha256(path) for path in folder.weights(into, end_again)
+    }
     if parted is not None or not has_equal_weights:
         changed = [f"{name} on the way" for name in on_the_way]
         apart = {**differences(environment, read_manifest(into)[1]), **_pass_sizes(out, into)}
         changed += [listed(apart)] if apart else []
         raise _unequal(run, f"{out} and {into}", parted, ", ".join(changed))
-    num_steps = sum(what == "training loss" for _, what, *_ in first)
+    num_steps = sum(what == _TRAINING for _, what, *_ in first)
     return Replay(end.adapter_sha256, num_steps, len(first) - num_steps)
+
+
+def _check_whole(out: Path, end: RunEnd, identity: Mapping[str, str]) -> None:
+    """What a finished run wrote is there, and as it was written."""
+    steps = [step for step, what, *_ in _figures(out) if what == _TRAINING]
+    fix = "bring the folder back as the run left it"
+    if not identity:
+        raise DataError(f"{out / MANIFEST_FILE} does not say what the run was made of", fix=fix)
+    if not steps or steps != list(range(1, len(steps) + 1)):
+        raise DataError(f"{out / folder.EVENTS_FILE} does not have every step", fix=fix)
+    for path in folder.weights(out, end):
+        if not path.is_file() or file_sha256(path) != end.adapter_sha256[path.name]:
+            raise DataError(f"{path} is not what the run wrote", fix=fix)
+    if not end.adapter_sha256:
+        raise DataError(f"{out / folder.EVENTS_FILE} does not say what the run wrote", fix=fix)
 
 
 def _changed_on_the_way(out: Path) -> list[str]:
@@ -112,7 +151,7 @@ def _figures(out: Path) -> list[Figure]:
     """What a run computed at each step, in order."""
     events = last_attempts(read_events(out / folder.EVENTS_FILE), sys.maxsize)
     return [
-        (event.step, "training loss", event.loss, event.grad_norm)
+        (event.step, _TRAINING, event.loss, event.grad_norm)
         if isinstance(event, StepEnd)
         else (event.step, "held-out loss", event.loss, event.token_accuracy)
         for event in events
@@ -128,6 +167,6 @@ def _unequal(run: RunConfig, both: str, parted: Figure | None, changed: str) -> 
             fix="the same inputs give the same bits in the same environment, from start to end",
         )
     fix = "please report it, with both folders"
-    if run.train.exactness != "exact":
+    if run.train.exactness != "exact" and torch.cuda.is_available():
         fix = "train with train.exactness=exact: on a GPU the default differs from run to run"
     return NibbleError(f"{what}; inputs and environment are the same", fix=fix)

@@ -9,7 +9,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from nibble.adapter.format import write_adapter
 from nibble.disk import disk_errors, sync_tree
-from nibble.events import EvalEnd, RunEnd, StepEnd, read_events
+from nibble.events import EvalEnd, StepEnd, read_events
 from nibble.train import folder
 from nibble.train.card import run_card
 from nibble.train.checkpoint import TrainState
@@ -69,14 +69,12 @@ def write_result(job: Job, state: TrainState, last: EvalEnd | None) -> Path:
 
 def read_result(out: Path) -> Result:
     """The result of a finished run, off its event log."""
-    final_loss, eval_loss, end = math.nan, None, None
+    final_loss, eval_loss, end = math.nan, None, folder.last_end(out)
     for event in read_events(out / folder.EVENTS_FILE):
         if isinstance(event, StepEnd):
             final_loss = event.loss
         elif isinstance(event, EvalEnd):
             eval_loss = event.loss
-        elif isinstance(event, RunEnd):
-            end = event
     assert end is not None, "the run is finished"
     return Result(
         out=out,

@@ -3,7 +3,7 @@
 import platform
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -20,15 +20,12 @@ from nibble.events import (
     Emit,
     EvalEnd,
     EventLog,
-    MetricsTable,
     PagesMoved,
     PlanMade,
     RunEnd,
     RunStart,
     StepEnd,
     WarningRaised,
-    last_attempts,
-    read_events,
 )
 from nibble.train import checkpoint, folder, history
 from nibble.train.checkpoint import TrainState
@@ -43,17 +40,15 @@ from nibble.train.manifest import (
     read_manifest,
     write_manifest,
 )
-from nibble.train.memory import available_bytes, keep_heap_dense
-from nibble.train.nonfinite import write_report
+from nibble.train.memory import is_roomy, keep_heap_dense
+from nibble.train.nonfinite import REPORT_FILE, write_report
 from nibble.train.optimizer import learning_rate
 from nibble.train.paging import PagedMoments
 from nibble.train.pressure import out_of_memory_named, rehearse, step_within_memory
 from nibble.train.report import Reporter
 from nibble.train.result import Result, read_result, write_result
-from nibble.train.resume import find_state
+from nibble.train.resume import check_steps, find_state, standing_table
 
-# Up to this share of the free memory the holes of the heap fit beside the tensors.
-ROOMY_SHARE = 0.4
 # A save beside those of the interval waits for so many times the time that the last one took.
 SAVE_PAYS_AFTER = 100
 
@@ -129,7 +124,7 @@ def _train(
     dataset: Dataset | None,
     allow_change: Collection[str],
 ) -> None:
-    has_room = _has_room(predicted)
+    has_room = bool(predicted) and is_roomy(predicted["peak_memory_bytes"])
     is_dense = bool(predicted) and not has_room and keep_heap_dense()
     with (
         stop_signals() as stop,
@@ -148,12 +143,6 @@ def _train(
         _remember(job, predicted, is_comparable=is_whole and has_no_holes)
 
 
-def _has_room(plan: Mapping[str, Any]) -> bool:
-    """Whether a run was planned and needs so little of the free memory that it cannot run short."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return bool(plan) and plan["peak_memory_bytes"] <= ROOMY_SHARE * available_bytes(device)
-
-
 def _restore(
     job: Job, report: Reporter, allow_change: Collection[str]
 ) -> tuple[TrainState, dict[str, str]]:
@@ -165,8 +154,9 @@ def _restore(
     state, changed = find_state(
         checkpoints, job.optimizer, identity=identity, allow_change=allow_change, emit=report
     )
+    began_with = read_manifest(job.out)[1] if state.step else now
     if state.step:
-        began_with = read_manifest(job.out)[1]
+        check_steps(state.step, job.steps)
         warning = check_environment(run.train.exactness, began_with, now)
         if warning:
             report(WarningRaised(warning))
@@ -174,11 +164,9 @@ def _restore(
         if "train.micro_batch_size" not in allow_change:
             job.loader.micro_batch_size = state.micro_batch_size
     folder.write_run(run)
-    write_manifest(job.out, identity, now)
-    past = read_events(job.out / folder.EVENTS_FILE)
-    standing = last_attempts(past, state.step) if state.step else []
+    write_manifest(job.out, identity, began_with or now)
     report.seconds, report.tokens = state.seconds, state.tokens
-    report.table = MetricsTable(job.out / folder.METRICS_FILE, standing)
+    report.table = standing_table(job.out, state.step, report)
     report(
         RunStart(
             method=run.method,
@@ -273,18 +261,19 @@ def _nonfinite_reported(
     try:
         yield
     except NonFiniteError as error:
-        path = write_report(
-            job.out,
-            job.model,
-            job.token_loss,
-            batches(),
-            step=step,
-            reason=error.what,
-            is_held_out=is_held_out,
-        )
-        raise NonFiniteError(
-            f"step {step}: {error.what} ({path} has more)", fix=error.fix
-        ) from None
+        more = ""
+        with suppress(OSError):  # a full disk does not hide what happened
+            path = write_report(
+                job.out,
+                job.model,
+                job.token_loss,
+                batches(),
+                step=step,
+                reason=error.what,
+                is_held_out=is_held_out,
+            )
+            more = f" ({path} has more)"
+        raise NonFiniteError(f"step {step}: {error.what}{more}", fix=error.fix) from None
 
 
 def _finish(course: Course) -> None:
@@ -292,6 +281,7 @@ def _finish(course: Course) -> None:
     fault("train.before_finish")
     course.stop.standing = f"all {job.steps} steps are saved"
     adapter = write_result(job, state, _evaluate(course))
+    (job.out / REPORT_FILE).unlink(missing_ok=True)
     weights = sorted(adapter.glob("*.safetensors"))
     report(
         RunEnd(

@@ -1,4 +1,4 @@
-"""The type of products: chosen by time, and the same results either way."""
+"""The type of products: a function of the processor, and the same results either way."""
 
 import pytest
 import torch
@@ -16,28 +16,39 @@ BOTH = (torch.bfloat16, torch.float32)
 
 @pytest.fixture
 def fresh():
-    products._float32_gain.cache_clear()
+    def forget():
+        cpu_product_dtype.cache_clear()
+        has_matrix_units.cache_clear()
+
+    forget()
     yield
-    products._float32_gain.cache_clear()
+    forget()
 
 
 @pytest.mark.parametrize(
-    ("gain", "expected"), [(0.3, torch.bfloat16), (1.2, torch.bfloat16), (1.9, torch.float32)]
+    ("has_vectors", "has_units", "vendor", "expected"),
+    [
+        (False, False, "AuthenticAMD", torch.float32),
+        (True, False, "AuthenticAMD", torch.bfloat16),
+        (True, False, "GenuineIntel", torch.float32),
+        (True, True, "GenuineIntel", torch.bfloat16),
+        (False, False, "", torch.float32),
+    ],
 )
-def test_the_wide_type_has_to_be_much_faster(monkeypatch, fresh, gain, expected):
-    monkeypatch.setattr(products, "_seconds", {BOTH[0]: gain, BOTH[1]: 1.0}.__getitem__)
+def test_the_processor_decides(
+    monkeypatch, fresh, tmp_path, has_vectors, has_units, vendor, expected
+):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_vectors)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has_units)
+    (tmp_path / "cpuinfo").write_text(f"vendor_id\t: {vendor}\n")
+    monkeypatch.setattr(products, "_CPU_INFO", tmp_path / "cpuinfo")
     assert cpu_product_dtype() == expected
+    assert has_matrix_units() is has_units
 
 
-@pytest.mark.parametrize(("seconds", "expected"), [(0.1, True), (0.3, False), (1.9, False)])
-def test_matrix_units_show_in_the_time(monkeypatch, fresh, seconds, expected):
-    monkeypatch.setattr(products, "_seconds", {BOTH[0]: seconds, BOTH[1]: 1.0}.__getitem__)
-    assert has_matrix_units() is expected
-
-
-def test_it_is_one_of_two_and_stays(fresh):
+def test_it_is_one_of_two_also_where_the_processor_is_not_told(monkeypatch, fresh, tmp_path):
+    monkeypatch.setattr(products, "_CPU_INFO", tmp_path / "none")
     assert cpu_product_dtype() in BOTH
-    assert cpu_product_dtype() == cpu_product_dtype()
 
 
 def test_bfloat16_of_a_cpu_alone_is_widened(monkeypatch):

@@ -36,11 +36,21 @@ def test_other_errors_pass():
         raise RuntimeError("does not have a deterministic implementation")
 
 
+HUGE = ({"threads": "9" * 20}, {"threads": "9" * 5000})
+
+
 def test_threads_are_those_the_run_began_with():
     before = torch.get_num_threads()
     with threads_of({"threads": "3"}):
         assert torch.get_num_threads() == 3
-        for nothing in ({}, {"threads": "x"}, {"threads": "0"}, {"threads": "-1"}):
+        for nothing in (
+            {},
+            {"threads": "x"},
+            {"threads": "0"},
+            {"threads": "-1"},
+            {"threads": "\u00b2"},
+            *HUGE,
+        ):
             with threads_of(nothing):
                 assert torch.get_num_threads() == 3
     assert torch.get_num_threads() == before
@@ -53,4 +63,6 @@ def test_another_environment_is_refused_or_said():
     assert "torch: 2.11 -> 2.13" in check_environment("default", began, now)
     for level in LEVELS:
         assert check_environment(level, now, now) == ""
-        assert check_environment(level, {}, now) == ""
+    assert check_environment("default", {}, now) == ""
+    with pytest.raises(UnavailableError, match="is not known"):
+        check_environment("exact", {}, now)

@@ -1,5 +1,6 @@
 """Whose folder it is."""
 
+import json
 from contextlib import closing
 
 import pytest
@@ -143,7 +144,53 @@ def test_finished_is_what_the_last_attempt_says(tmp_path):
     assert folder.last_end(tmp_path) == end
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{", '{"device": 1}', '{"reasons": []}'])
+def test_an_attempt_that_was_refused_takes_nothing_from_a_finished_run(tmp_path):
+    end = RunEnd("finished", 1.0, 2, 3, adapter="a")
+    start = RunStart("lora", "m", "cpu", 3, 0, 1, 0, {}, 1)
+    refused = RunEnd("rows are not there", 0.0, 0, 0)
+    with closing(EventLog(tmp_path / folder.EVENTS_FILE)) as log:
+        log(refused)
+        assert folder.last_end(tmp_path) == refused
+        for event in (start, end, refused, refused):
+            log(event)
+        assert folder.last_end(tmp_path) == end
+        log(start)
+        assert folder.last_end(tmp_path) is None
+        log(refused)
+        assert folder.last_end(tmp_path) == refused
+
+
+def test_without_what_it_wrote_a_run_is_not_finished(tmp_path):
+    end = RunEnd("finished", 1.0, 2, 3, adapter="x/a", adapter_sha256={"w.safetensors": ""})
+    with closing(EventLog(tmp_path / folder.EVENTS_FILE)) as log:
+        log(end)
+    assert not folder.is_finished(tmp_path)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "w.safetensors").write_text("")
+    assert folder.is_finished(tmp_path)
+
+
+def test_a_run_without_its_config_is_not_to_be_emptied(tmp_path):
+    (tmp_path / "events.jsonl").write_text("")
+    (tmp_path / "checkpoints").mkdir()
+    with (
+        pytest.raises(FolderInUseError, match=r"holds a run whose run.yaml is gone") as error,
+        folder.hold(tmp_path),
+    ):
+        pass
+    assert error.value.fix.startswith("bring run.yaml back")
+
+
+_PLAN = {
+    **{"peak_memory_bytes": 1, "uncorrected_peak_memory_bytes": 1, "budget_bytes": 1},
+    **{"parts": {}, "device": "cpu", "reasons": [5]},
+}
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "[]", "{", "[" * 100_000, '{"device": 1}', '{"reasons": []}', json.dumps(_PLAN)],
+)
 def test_a_plan_that_says_nothing_is_none(tmp_path, content):
     (tmp_path / folder.PLAN_FILE).write_text(content)
     assert folder.read_plan(tmp_path) == {}

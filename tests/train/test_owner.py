@@ -55,7 +55,7 @@ def test_a_folder_in_which_nothing_was_put_is_gone(tmp_path):
 
 def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(DiskError, match="cannot make the output folder"), held(tmp_path / "file/a"):
+    with pytest.raises(DiskError, match="cannot use the output folder"), held(tmp_path / "file/a"):
         pass
 
 

@@ -19,7 +19,7 @@ from nibble.errors import (
     UnavailableError,
     UsageError,
 )
-from nibble.events import EventLog, RunEnd, RunStart, StepEnd, read_events
+from nibble.events import EventLog, RunStart, StepEnd, read_events
 from nibble.train import checkpoint, trainer
 from nibble.train.manifest import MANIFEST_FILE
 from nibble.train.replay import replay
@@ -82,10 +82,14 @@ def finished_copy(finished, tmp_path):
     return tmp_path / "run"
 
 
-def _say_it_went_on_with_other(out, *names):
+def _say_it_went_on_with_other(out, *names, loss=None):
+    """And came out with another loss of the last step, if one is given."""
+    events = list(read_events(out / "events.jsonl"))
+    steps = [event for event in events if isinstance(event, StepEnd)]
     with closing(EventLog(out / "events.jsonl")) as log:
         log(RunStart("qlora", "m", "cpu", 4, 2, 1, 0, {}, 1, changed=[*names]))
-        log(RunEnd("finished", 1.0, 1, 1, adapter_sha256={}))
+        log(replace(steps[-1], loss=loss or steps[-1].loss))
+        log(events[-1])
 
 
 def test_a_run_that_was_changed_on_its_way_is_refused(finished_copy, tmp_path):
@@ -95,8 +99,55 @@ def test_a_run_that_was_changed_on_its_way_is_refused(finished_copy, tmp_path):
     assert not (tmp_path / "again").exists()
 
 
-def test_another_environment_on_the_way_may_have_given_other_bits(finished_copy, tmp_path):
+def test_a_change_on_the_way_that_gave_the_same_bits_is_equal(finished_copy, tmp_path):
     _say_it_went_on_with_other(finished_copy, "threads")
+    assert replay(finished_copy, tmp_path / "again").num_steps == 4
+
+
+def _flip(path):
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+LOSSES = {
+    "an adapter with another byte": (
+        lambda out: _flip(out / "adapter" / "adapter_model.safetensors"),
+        "adapter_model.safetensors is not what the run wrote",
+    ),
+    "no adapter": (
+        lambda out: shutil.rmtree(out / "adapter"),
+        "adapter_model.safetensors is not what the run wrote",
+    ),
+    "no manifest": (lambda out: (out / MANIFEST_FILE).unlink(), "does not say what the run was"),
+    "a step that is not there": (
+        lambda out: _keep_lines(out, lambda event: event.get("step") != 3),
+        "does not have every step",
+    ),
+    "no digests": (
+        lambda out: _keep_lines(out, lambda event: not event.pop("adapter_sha256", None) or event),
+        "does not say what the run wrote",
+    ),
+}
+
+
+def _keep_lines(out, is_kept):
+    path = out / "events.jsonl"
+    events = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(event) + "\n" for event in events if is_kept(event)))
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_what_the_run_wrote_has_to_be_there(finished_copy, tmp_path, loss):
+    lose, message = LOSSES[loss]
+    lose(finished_copy)
+    with pytest.raises(DataError, match=message):
+        replay(finished_copy, tmp_path / "again")
+    assert not (tmp_path / "again").exists()
+
+
+def test_another_environment_on_the_way_may_have_given_other_bits(finished_copy, tmp_path):
+    _say_it_went_on_with_other(finished_copy, "threads", loss=9.0)
     with pytest.raises(UnavailableError, match=r"throughout \(threads on the way\)"):
         replay(finished_copy, tmp_path / "again")
 
@@ -113,7 +164,7 @@ def test_smaller_passes_as_memory_ran_short_may_have_given_other_bits(
         return whole, damages
 
     monkeypatch.setattr(checkpoint, "latest", smaller)
-    _say_it_went_on_with_other(finished_copy)
+    _say_it_went_on_with_other(finished_copy, loss=9.0)
     with pytest.raises(UnavailableError, match=r"\(rows in a forward pass: 1 -> 2\)"):
         replay(finished_copy, tmp_path / "again")
 
@@ -133,7 +184,7 @@ def test_other_data_is_found_before_anything_runs(finished, tmp_path):
 
 def test_a_folder_with_content_is_refused(finished, tmp_path):
     (tmp_path / "file").write_text("")
-    for into in (tmp_path, tmp_path / "file", finished / "run"):
+    for into in (tmp_path, tmp_path / "file", finished / "run", finished / "run" / "below"):
         with pytest.raises(FolderInUseError, match="is not empty"):
             replay(finished / "run", into)
 

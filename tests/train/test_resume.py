@@ -1,15 +1,18 @@
 """A run goes on from the newest whole checkpoint that is its own."""
 
+from contextlib import closing
+
 import pytest
 import torch
 from torch import nn
 
-from nibble.errors import DiskError, FolderInUseError
-from nibble.events import WarningRaised
+from nibble.errors import DiskError, FolderInUseError, UsageError
+from nibble.events import EventLog, StepEnd, WarningRaised
 from nibble.train.checkpoint import STATE_FILE, TrainState, save
 from nibble.train.optimizer import AdamW, ParameterGroup
-from nibble.train.resume import find_state
+from nibble.train.resume import check_steps, find_state, standing_table
 
+STEP = StepEnd(1, 2.5, 10, 20, 1e-3, 0.7, 0.5, 40.0, 1000)
 IDENTITY = {"optim.lr": "0.1", "data": "a" * 64}
 
 
@@ -74,6 +77,27 @@ def test_what_has_changed_is_refused_by_name(folder):
     with pytest.raises(FolderInUseError) as refused:
         _find(folder, identity=other, allow_change=["optim.lr"])
     assert refused.value.fix.endswith("go on with the change: --allow-change data")
+
+
+def test_more_steps_than_asked_for_are_refused():
+    check_steps(3, 3)
+    with pytest.raises(UsageError, match="4 steps are done, and the run is to have 3"):
+        check_steps(4, 3)
+
+
+def test_a_table_that_has_more_than_the_log_is_set_aside(tmp_path):
+    events = []
+    (tmp_path / "metrics.csv").write_text("all of it")
+    with closing(EventLog(tmp_path / "events.jsonl")) as log:
+        log(STEP)
+        standing_table(tmp_path, 1, events.append)
+        assert not events
+        assert not (tmp_path / "metrics.csv.old").exists()
+        (tmp_path / "metrics.csv").write_text("all of it")
+        standing_table(tmp_path, 2, events.append)
+    assert "has 1 of the 2 steps" in events[0].message
+    assert (tmp_path / "metrics.csv.old").read_text() == "all of it"
+    assert (tmp_path / "metrics.csv").read_text().startswith("step,train_loss")
 
 
 def test_what_may_change_is_said(folder):
