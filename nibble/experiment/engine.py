@@ -1,0 +1,136 @@
+"""Where runs execute: each is a process of this machine, `nibble train` with a config of its own.
+
+    OUT/<name>.yaml     what is run
+    OUT/<name>.log      what the process said
+    OUT/<name>/         the folder of the run
+
+What a run measures is its own then: its peak of memory, its time from start to end.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from nibble.config import RunConfig
+from nibble.disk import replace_file
+from nibble.errors import StoppedError
+from nibble.train import folder
+
+# Of a log that is searched for the reason of a failure.
+_LAST_BYTES = 20_000
+_SAYS = "nibble: "
+
+
+@dataclass(frozen=True)
+class Started:
+    """A run at work.
+
+    Attributes:
+        out: Its folder.
+        log: What its process says.
+        since: When it began, on the monotonic clock.
+    """
+
+    process: subprocess.Popen[bytes]
+    out: Path
+    log: Path
+    since: float
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a run ended.
+
+    Attributes:
+        exit_code: Of its process; 0 where it is finished.
+        reason: Why it is not finished, for a person; empty where it is.
+        seconds: From its start to its end.
+    """
+
+    exit_code: int
+    reason: str
+    seconds: float
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run did all its steps."""
+        return self.exit_code == 0
+
+    @property
+    def is_resumable(self) -> bool:
+        """Whether it was stopped, and goes on when it is started again."""
+        return self.exit_code == StoppedError.exit_code or self.exit_code < 0
+
+
+def start(
+    run: RunConfig, place: Path, name: str, *, environment: Mapping[str, str] | None = None
+) -> Started:
+    """Start `nibble train`, or continue what stands in its folder.
+
+    Args:
+        place: The folder for this and other runs; it is there.
+        name: Of the run among them.
+        environment: Variables beside those of this process, such as CUDA_VISIBLE_DEVICES.
+
+    Raises:
+        OSError: If its config or log cannot be written.
+    """
+    config, log = place / f"{name}.yaml", place / f"{name}.log"
+    run = run.with_values({"out": str(place / name)}, "flag")
+    replace_file(config, folder.run_text(run).encode())
+    with log.open("ab") as file:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "nibble", "train", str(config)],
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=file,
+            env={**os.environ, **(environment or {})},
+            # Ctrl-C in the terminal is for whoever started the runs: that stops them in order.
+            start_new_session=True,
+        )
+    return Started(process, place / name, log, time.monotonic())
+
+
+def ended(started: Started) -> Ended | None:
+    """How a run ended; None while it is at work."""
+    code = started.process.poll()
+    if code is None:
+        return None
+    seconds = time.monotonic() - started.since
+    return Ended(code, "" if code == 0 else _reason(started.log, code), seconds)
+
+
+def wait(started: Started) -> Ended:
+    """How a run ended, once it has; a run that is left waiting is stopped."""
+    try:
+        started.process.wait()
+    except BaseException:
+        stop(started)
+        raise
+    found = ended(started)
+    assert found is not None, "the process was waited for"
+    return found
+
+
+def stop(started: Started) -> None:
+    """Let a run finish its step, save and end."""
+    with suppress(ProcessLookupError):
+        started.process.send_signal(signal.SIGTERM)
+    started.process.wait()
+
+
+def _reason(log: Path, code: int) -> str:
+    """The last error that a process told, or how it ended."""
+    with log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - _LAST_BYTES))
+        lines = file.read().decode(errors="replace").splitlines()
+    said = [line.removeprefix(_SAYS) for line in lines if line.startswith(_SAYS)]
+    if code < 0:
+        return f"killed by {signal.Signals(-code).name}"
+    return said[-1] if said else f"ended with exit code {code}"
