@@ -8,7 +8,7 @@ from contextlib import suppress
 
 import typer
 
-from nibble.commands import chat, config, data, demo, doctor, evaluate, plan, replay, train
+from nibble.commands import chat, compare, config, data, demo, doctor, evaluate, plan, replay, train
 from nibble.environment import wait_passively
 from nibble.errors import DiskError, NibbleError, RunInterrupted
 
@@ -24,6 +24,7 @@ app.command("plan")(plan.plan)
 app.command("train")(train.train)
 app.command("replay")(replay.replay)
 app.command("eval")(evaluate.evaluate)
+app.command("compare")(compare.compare)
 app.command("chat")(chat.chat)
 app.command("doctor")(doctor.doctor)
 app.command("schema")(config.schema)

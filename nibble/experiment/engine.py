@@ -25,6 +25,7 @@ from nibble.train import folder
 # Of a log that is searched for the reason of a failure.
 _LAST_BYTES = 20_000
 _SAYS = "nibble: "
+_FIX = "  fix: "
 
 
 @dataclass(frozen=True)
@@ -50,12 +51,14 @@ class Ended:
     Attributes:
         exit_code: Of its process; 0 where it is finished.
         reason: Why it is not finished, for a person; empty where it is.
+        fix: What to do about it, where the run said so.
         seconds: From its start to its end.
     """
 
     exit_code: int
     reason: str
     seconds: float
+    fix: str = ""
 
     @property
     def is_finished(self) -> bool:
@@ -103,7 +106,8 @@ def ended(started: Started) -> Ended | None:
     if code is None:
         return None
     seconds = time.monotonic() - started.since
-    return Ended(code, "" if code == 0 else _reason(started.log, code), seconds)
+    reason, fix = ("", "") if code == 0 else _reason_and_fix(started.log, code)
+    return Ended(code, reason, seconds, fix)
 
 
 def wait(started: Started) -> Ended:
@@ -125,12 +129,16 @@ def stop(started: Started) -> None:
     started.process.wait()
 
 
-def _reason(log: Path, code: int) -> str:
-    """The last error that a process told, or how it ended."""
+def _reason_and_fix(log: Path, code: int) -> tuple[str, str]:
+    """The last error that a process told and what to do about it, or how it ended."""
+    if code < 0:
+        return f"killed by {signal.Signals(-code).name}", ""
     with log.open("rb") as file:
         file.seek(max(0, log.stat().st_size - _LAST_BYTES))
         lines = file.read().decode(errors="replace").splitlines()
-    said = [line.removeprefix(_SAYS) for line in lines if line.startswith(_SAYS)]
-    if code < 0:
-        return f"killed by {signal.Signals(-code).name}"
-    return said[-1] if said else f"ended with exit code {code}"
+    said = [at for at, line in enumerate(lines) if line.startswith(_SAYS)]
+    if not said:
+        return f"ended with exit code {code}", ""
+    after = [line for line in lines[said[-1] + 1 :] if line.startswith(_FIX)]
+    fix = after[-1].removeprefix(_FIX) if after else ""
+    return lines[said[-1]].removeprefix(_SAYS), fix

@@ -1,0 +1,215 @@
+"""The tables and sentences of a report, for terminal, Markdown and HTML alike."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from nibble.experiment.criteria import BY_KEY, CRITERIA, GROUPS, plain, written
+from nibble.experiment.measure import SHORT_TOKENS
+from nibble.experiment.project import OnDevice
+from nibble.experiment.report import FINISHED, Difference, Method, Report
+from nibble.experiment.verdict import beside_lora, verdict
+from nibble.units import gigabytes
+
+
+@dataclass(frozen=True)
+class Table:
+    """A heading, the names of columns, and rows whose first cell names them."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True)
+class Page:
+    """A report as a person reads it, from top to bottom.
+
+    Attributes:
+        answer: Sentences of one paragraph.
+        groups: A table for each of the six criteria; their columns are the methods.
+        others: Tables with columns of their own.
+        notes: What a reader should know of the figures.
+    """
+
+    title: str
+    facts: tuple[tuple[str, str], ...]
+    answer: tuple[str, ...]
+    groups: tuple[Table, ...]
+    others: tuple[Table, ...]
+    notes: tuple[str, ...]
+
+
+def build_page(report: Report) -> Page:
+    """Everything a report says."""
+    names = tuple(method.name for method in report.methods)
+    outcome = Table("Runs", ("", *names), tuple(_outcome_rows(report)))
+    groups = [Table(group, ("", *names), tuple(_rows(report, group))) for group in GROUPS]
+    return Page(
+        title=f"{', '.join(names)} on the same work",
+        facts=tuple(_facts(report)),
+        answer=tuple(verdict(report)),
+        groups=(outcome, *(group for group in groups if group.rows)),
+        others=tuple(_other_tables(report)),
+        notes=tuple(_notes(report)),
+    )
+
+
+def _facts(report: Report) -> Iterator[tuple[str, str]]:
+    data = report.run.data
+    train = data.train if isinstance(data.train, list) else [data.train]
+    held_out = data.eval if isinstance(data.eval, str) else f"{data.eval:.0%} of the rows, by seed"
+    yield "model", report.run.model.name
+    yield "training data", ", ".join(train)
+    yield "held-out data", held_out
+    started = next((run.start for method in report.methods for run in method.runs), None)
+    if started is not None:
+        yield (
+            "work",
+            f"{started.steps:,} steps of {report.run.train.batch_size} rows; "
+            f"{started.num_train_rows:,} rows to train on, {started.num_eval_rows:,} held out",
+        )
+    yield "seeds", ", ".join(map(str, report.seeds))
+    yield "settings", _settings(report.settings) or "the defaults"
+    made_of = next((run.made_of for method in report.methods for run in method.runs), {})
+    if made_of:
+        device = made_of["device"] if made_of["device"] != "cpu" else made_of["processor"]
+        threads = f"{made_of['threads']} thread{'' if made_of['threads'] == '1' else 's'}"
+        yield "machine", f"{device}, {threads}"
+        packages = ("nibble", "torch", "transformers", "tokenizers", "safetensors")
+        yield "packages", ", ".join(f"{name} {made_of.get(name)}" for name in packages)
+    if report.kernels:
+        yield "kernels", "; ".join(f"{what}: {how}" for what, how in report.kernels.items())
+
+
+def _outcome_rows(report: Report) -> Iterator[tuple[str, ...]]:
+    yield ("finished", *(f"{len(m.runs)} of {m.num_runs}" for m in report.methods))
+    if any(method.status != FINISHED for method in report.methods):
+        yield ("outcome", *(method.status for method in report.methods))
+
+
+def _rows(report: Report, group: str) -> Iterator[tuple[str, ...]]:
+    for criterion in CRITERIA:
+        found = [method.figures.get(criterion.key) for method in report.methods]
+        if criterion.group == group and any(found):
+            yield (criterion.title, *(written(one, criterion.unit) for one in found))
+    if group == "Setting up":
+        yield ("settings of its own", *(_settings(m.own_settings) or "-" for m in report.methods))
+        yield ("chosen by the plan", *map(_planned, report.methods))
+        yield ("packages beside the rest", *("none" for _ in report.methods))
+        yield ("warnings", *(str(len(m.warnings)) if m.runs else "-" for m in report.methods))
+    if group == "Hardware" and any(method.devices for method in report.methods):
+        yield ("smallest device that fits", *(_smallest(m.smallest) for m in report.methods))
+
+
+def _planned(method: Method) -> str:
+    """What the plan chose, each way once."""
+    ways = [_way(run.settings) for run in method.runs if run.settings]
+    return " or ".join(dict.fromkeys(ways)) or "-"
+
+
+def _way(settings: dict[str, Any]) -> str:
+    size = settings["train.micro_batch_size"]
+    paged = ", paged" if settings.get("optim.paged") else ""
+    host = ", embeddings on the host" if settings.get("model.embeddings") == "host" else ""
+    rows = f"{size} row{'' if size == 1 else 's'} a pass"
+    return f"{rows}, recompute {settings['train.recompute']}{paged}{host}"
+
+
+def _smallest(found: OnDevice | None) -> str:
+    return f"{found.device}, {gigabytes(found.needed_bytes)} of it" if found else "none"
+
+
+def _other_tables(report: Report) -> Iterator[Table]:
+    if report.differences:
+        columns = ("", "difference", "95 % interval", "in per cent", "told apart from 0")
+        rows = tuple(_difference_row(found) for found in report.differences)
+        yield Table("Differences, seed by seed", columns, rows)
+    devices = list(
+        dict.fromkeys(
+            one.device for method in report.methods for one in method.devices if not one.is_smallest
+        )
+    )
+    if devices:
+        columns = ("planned, not run", *(method.name for method in report.methods))
+        rows = tuple(
+            (device, *(_on_device(method, device) for method in report.methods))
+            for device in devices
+        )
+        yield Table("The same work on other GPUs", columns, rows)
+
+
+def _difference_row(found: Difference) -> tuple[str, ...]:
+    criterion = BY_KEY[found.key]
+    value, unit = found.found, criterion.unit
+    interval = "one seed"
+    if value.low is not None and value.high is not None:
+        interval = f"{_signed(value.low, unit)} to {_signed(value.high, unit)}"
+    is_told = "one seed" if value.low is None else "yes" if value.is_apart_from_0 else "no"
+    title = f"{criterion.title}: {found.ours} - {found.theirs}"
+    share = "-" if found.key == "forgetting" else f"{100 * found.share:+.2f} %"
+    return title, _signed(value.value, unit), interval, share, is_told
+
+
+def _signed(value: float, unit: Any) -> str:
+    return f"{'+' if value >= 0 else ''}{plain(value, unit)}"
+
+
+def _on_device(method: Method, device: str) -> str:
+    found = next((one for one in method.devices if one.device == device), None)
+    if found is None:
+        return "-"
+    needs = gigabytes(found.needed_bytes)
+    if not found.fits:
+        return f"does not fit: {needs}"
+    total = "" if found.total_seconds is None else f", {_span(found.total_seconds)}"
+    price = "" if found.cost is None else f", {found.cost:.2f} USD"
+    return f"{needs}{total}{price}"
+
+
+def _span(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def _notes(report: Report) -> Iterator[str]:
+    for method in report.methods:
+        if method.reason:
+            yield f"{method.name}: {method.reason}"
+    sentence = beside_lora(report)
+    if sentence:
+        yield sentence
+    if len(report.seeds) > 1:
+        yield (
+            f"Figures are means over {len(report.seeds)} seeds; ± is half of Student's 95 % "
+            "interval. Differences are taken seed by seed, so that what a seed brings cancels out."
+        )
+    if isinstance(report.run.data.eval, float):
+        yield "Held-out rows are drawn anew with each seed: the intervals cover that as well."
+    if report.num_short:
+        yield (
+            f"Short answers: greedy, all or nothing, the first {report.num_short} held-out rows "
+            f"with answers of at most {SHORT_TOKENS} tokens."
+        )
+    elif report.finished:
+        yield f"No held-out answer has at most {SHORT_TOKENS} tokens: none is right as a whole."
+    if report.num_general_tokens:
+        yield (
+            f"Forgetting is measured on {report.num_general_tokens:,} tokens of general text, "
+            "before training on the base as the method stores it."
+        )
+    if report.differs:
+        yield f"Not the same in all runs, so compare with care: {', '.join(report.differs)}."
+    for method in report.methods:
+        for warning, count in method.warnings.items():
+            yield f"Warning of {method.name} in {count} of {len(method.runs)} runs: {warning}"
+
+
+def _settings(settings: dict[str, Any]) -> str:
+    return ", ".join(f"{key}={_plain(value)}" for key, value in settings.items())
+
+
+def _plain(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
