@@ -1,5 +1,6 @@
 """`nibble compare`: the same work by LoRA, QLoRA and full fine-tuning, measured here."""
 
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -63,7 +64,7 @@ def _run(comparison: "Comparison", place: Path, as_json: bool) -> int:
     from nibble.experiment.write import write_report
 
     with RunsBar(comparison) as bar:
-        records = run_all(comparison, place, bar, measure=_measure)
+        records = run_all(comparison, place, bar, measure=bar.measure)
     report = _report(comparison, place, records)
     page = write_report(report, place)
     if as_json:
@@ -79,16 +80,10 @@ def _run(comparison: "Comparison", place: Path, as_json: bool) -> int:
     return _exit_code(list(records.values()))
 
 
-def _measure(out: Path, general: str) -> dict[str, Any]:
-    from nibble.experiment.measure import measure
-
-    with progress.working(f"measuring {out.name}"):
-        return measure(out, general)
-
-
 def _report(comparison: "Comparison", place: Path, records: dict[Any, "Record"]) -> Any:
     import torch
 
+    from nibble.experiment.figures import read_runs
     from nibble.experiment.project import project
     from nibble.experiment.report import build_report
     from nibble.kernels.library import paths
@@ -96,7 +91,8 @@ def _report(comparison: "Comparison", place: Path, records: dict[Any, "Record"])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with progress.working("planning the same work on other GPUs"):
         devices = project(comparison, place)
-    return build_report(comparison, place, records, devices=devices, kernels=paths(device))
+    runs = read_runs(place, records)
+    return build_report(comparison, records, runs, devices=devices, kernels=paths(device))
 
 
 def _exit_code(records: list["Record"]) -> int:
@@ -135,7 +131,18 @@ class RunsBar:
     def __exit__(self, *details: object) -> None:
         self._bar.stop()
 
+    def measure(self, out: Path, general: str) -> dict[str, Any]:
+        """Measure a finished run, and say that it goes on."""
+        from nibble.experiment.measure import measure
+
+        self._bar.update(self._task, description=f"measuring {out.name}", numbers="")
+        return measure(out, general)
+
     def __call__(self, at: "Progress") -> None:
+        with suppress(OSError):  # nobody may be reading any more; the runs go on
+            self._show(at)
+
+    def _show(self, at: "Progress") -> None:
         record = at.record
         share = 0.0 if not self._steps else at.step / self._steps
         done = at.number if record is not None else at.number - 1 + share

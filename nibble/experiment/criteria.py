@@ -6,7 +6,7 @@ from typing import Literal
 from nibble.experiment.statistics import Estimate
 from nibble.units import size
 
-Unit = Literal["bytes", "seconds", "rate", "nats", "share", "count"]
+Unit = Literal["bytes", "seconds", "rate", "nats", "share", "cut", "count"]
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ GROUPS = (_SIZE, _TIME, _MEMORY, _QUALITY, "Setting up", "Hardware")
 CRITERIA = (
     Criterion("base_bytes", _SIZE, "resident base", "bytes"),
     Criterion("saved_bytes", _SIZE, "saved result", "bytes"),
-    Criterion("saved_share", _SIZE, "saved result of base", "share"),
+    Criterion("saved_share", _SIZE, "saved result over base", "share"),
     Criterion("trained_values", _SIZE, "trained values", "count"),
     Criterion("setup_seconds", _TIME, "set-up: load, store, adapt", "seconds"),
     Criterion("step_seconds", _TIME, "per step, median", "seconds"),
@@ -41,8 +41,8 @@ CRITERIA = (
     Criterion("tokens_per_s", _TIME, "tokens per second", "rate"),
     Criterion("peak_memory_bytes", _MEMORY, "peak, measured", "bytes"),
     Criterion("predicted_peak_memory_bytes", _MEMORY, "peak, predicted", "bytes"),
-    Criterion("cut_from_lora", _MEMORY, "less than lora", "share"),
-    Criterion("cut_from_full", _MEMORY, "less than full", "share"),
+    Criterion("cut_from_lora", _MEMORY, "measured, beside lora", "cut"),
+    Criterion("cut_from_full", _MEMORY, "measured, beside full", "cut"),
     Criterion("eval_loss_before", _QUALITY, "held-out loss before", "nats"),
     Criterion("eval_loss", _QUALITY, "held-out loss after", "nats"),
     Criterion("token_accuracy_before", _QUALITY, "token accuracy before", "share"),
@@ -67,6 +67,9 @@ def written(estimate: Estimate | None, unit: Unit) -> str:
     """
     if estimate is None:
         return "-"
+    if unit == "cut":
+        cut = plain(abs(estimate.value), "share")
+        return f"{cut} {'less' if estimate.value > 0 else 'more'}"
     value, half = plain(estimate.value, unit), estimate.half_width
     if half is None:
         return value
@@ -86,6 +89,6 @@ def plain(value: float, unit: Unit) -> str:
         return f"{value:.3f} s" if abs(value) < 10 else f"{value:,.0f} s"
     if unit == "nats":
         return f"{value:.4f}"
-    if unit == "share":
+    if unit in ("share", "cut"):
         return f"{100 * value:.1f} %"
     return f"{value:,.0f}"

@@ -3,6 +3,7 @@
 events.jsonl, plan.json, run.yaml, manifest.json, the record -> RunFigures
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -51,8 +52,16 @@ class RunFigures:
     start: RunStart
 
 
-def read_figures(place: Path, method: str, seed: int, record: Record) -> RunFigures:
-    """The figures of a finished run in the folder of a comparison."""
+def read_runs(place: Path, records: Mapping[tuple[str, int], Record]) -> list[RunFigures]:
+    """The figures of the finished runs in the folder of a comparison."""
+    return [
+        _read_run(place, method, seed, record)
+        for (method, seed), record in records.items()
+        if record.is_finished
+    ]
+
+
+def _read_run(place: Path, method: str, seed: int, record: Record) -> RunFigures:
     out = place / run_name(method, seed)
     events = list(read_all(out / folder.EVENTS_FILE))
     end = folder.last_end(out)
@@ -116,13 +125,10 @@ def _time_values(
 def _loss_values(evals: list[EvalEnd]) -> dict[str, float]:
     if not evals:
         return {}
-    last, values = evals[-1], {}
-    if evals[0].step == 0:
-        values = {
-            "eval_loss_before": evals[0].loss,
-            "token_accuracy_before": evals[0].token_accuracy,
-        }
-    return {**values, "eval_loss": last.loss, "token_accuracy": last.token_accuracy}
+    first, last = evals[0], evals[-1]
+    before = {"eval_loss_before": first.loss, "token_accuracy_before": first.token_accuracy}
+    after = {"eval_loss": last.loss, "token_accuracy": last.token_accuracy}
+    return {**before, **after} if first.step == 0 else after
 
 
 def _measured_values(measured: dict[str, Any]) -> dict[str, float]:

@@ -35,6 +35,7 @@ caption { text-align: left; padding: .5rem .75rem; color: var(--dim); }
 th, td { padding: .35rem .75rem; text-align: right; vertical-align: top;
   border-top: 1px solid var(--line); }
 th:first-child { text-align: left; font-weight: 500; }
+th[scope=row] { position: sticky; left: 0; background: var(--paper); min-width: 6.5rem; }
 thead th { background: var(--shade); border-top: 0; }
 tbody th[scope=rowgroup] { padding-top: .9rem; font-weight: 700; background: var(--shade); }
 td { min-width: 6.5rem; }
@@ -97,7 +98,7 @@ def _body(page: Page, pictures: Sequence[Picture]) -> Iterator[str]:
     yield from _table("Figures by method", page.groups[0].columns, page.groups)
     for other in page.others:
         yield f"<h2>{escape(other.title)}</h2>"
-        yield from _table(other.title, other.columns, [other])
+        yield from _table(other.about, other.columns, [other])
     for picture in pictures:
         yield f"<h2>{escape(picture.title)}</h2>"
         yield from _figure(picture)

@@ -13,12 +13,11 @@ from nibble.experiment.report import Method, Report
 # Told apart without colours too: see the markers. Source: Okabe and Ito 2008.
 _COLOURS = {"lora": "#0072b2", "qlora": "#d55e00", "full": "#009e73"}
 _MARKERS = {"lora": "o", "qlora": "s", "full": "^"}
-_PARTS = ("#56b4e9", "#e69f00", "#009e73", "#cc79a7", "#0072b2", "#d55e00", "#f0e442", "#999999")
+_PARTS = ("#56b4e9", "#e69f00", "#009e73", "#cc79a7", "#0072b2", "#d55e00", "#f0e442")
 _INK = {False: "#1d2329", True: "#e6edf3"}
 _PAPER = {False: "#ffffff", True: "#0f141a"}
 _GRID = {False: "#d0d7de", True: "#30363d"}
-# Parts below this share of the largest peak are drawn as one.
-_SMALL_SHARE = 0.02
+_OTHER = "#999999"
 # Losses of single steps jump: each point is the mean over so large a part of the run.
 _SMOOTH_SHARE = 0.05
 
@@ -52,7 +51,7 @@ def _png(how: Any, report: Report, is_dark: bool) -> bytes:
     from matplotlib.figure import Figure
 
     ink = _INK[is_dark]
-    style = {
+    style: dict[Any, Any] = {
         "figure.facecolor": _PAPER[is_dark],
         "axes.facecolor": _PAPER[is_dark],
         "savefig.facecolor": _PAPER[is_dark],
@@ -68,9 +67,9 @@ def _png(how: Any, report: Report, is_dark: bool) -> bytes:
         "font.size": 11,
     }
     with rc_context(style), io.BytesIO() as file:
-        figure = Figure(figsize=(7.5, 4.2), layout="constrained")
+        figure = Figure(figsize=(6, 4.4), layout="constrained")
         how(report, figure.subplots())
-        figure.savefig(file, format="png", dpi=120)
+        figure.savefig(file, format="png", dpi=150)
         return file.getvalue()
 
 
@@ -96,13 +95,13 @@ def _draw_loss(report: Report, axes: Any) -> None:
             yerr=spread,
             color=colour,
             marker=_MARKERS[method.name],
-            linestyle="none",
+            linestyle="dotted",
             capsize=3,
             label=f"{method.name}, held out",
         )
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("loss in nats per token")
-    axes.legend(ncols=len(report.finished), fontsize=9)
+    _legend_below(axes, len(report.finished))
 
 
 def _smooth(losses: dict[int, float]) -> dict[int, float]:
@@ -128,7 +127,7 @@ def _draw_memory(report: Report, axes: Any) -> None:
             heights,
             bottom=[bottoms[n] for n in names],
             width=0.55,
-            color=_PARTS[number % len(_PARTS)],
+            color=_PARTS[number] if number < len(_PARTS) else _OTHER,
             label=part,
         )
         bottoms = {n: bottoms[n] + h for n, h in zip(names, heights, strict=True)}
@@ -138,10 +137,7 @@ def _draw_memory(report: Report, axes: Any) -> None:
     axes.plot([], [], color=axes.xaxis.label.get_color(), lw=2.5, label="measured peak")
     axes.set_ylabel(f"predicted peak in {name}")
     axes.grid(visible=False, axis="x")
-    handles, labels = axes.get_legend_handles_labels()
-    axes.legend(
-        handles[::-1], labels[::-1], fontsize=9, loc="center left", bbox_to_anchor=(1.01, 0.5)
-    )
+    _legend_below(axes, 3)
 
 
 def _parts(methods: list[Method]) -> Iterator[tuple[str, dict[str, float]]]:
@@ -152,16 +148,13 @@ def _parts(methods: list[Method]) -> Iterator[tuple[str, dict[str, float]]]:
         for part in {name for parts in runs for name in parts}:
             mean = fmean(parts.get(part, 0) for parts in runs)
             means.setdefault(part, {})[method.name] = max(0.0, mean)
-    largest = max(sum(sizes.get(m.name, 0) for sizes in means.values()) for m in methods)
     names = [method.name for method in methods]
-    rest = dict.fromkeys(names, 0.0)
-    for part, sizes in sorted(means.items(), key=lambda item: -max(item[1].values())):
-        if max(sizes.values()) < _SMALL_SHARE * largest:
-            rest = {n: rest[n] + sizes.get(n, 0.0) for n in names}
-        else:
-            yield part, {n: sizes.get(n, 0.0) for n in names}
-    if any(rest.values()):
-        yield "other", rest
+    ordered = sorted(means.items(), key=lambda item: -max(item[1].values()))
+    for part, sizes in ordered[: len(_PARTS)]:
+        yield part, {n: sizes.get(n, 0.0) for n in names}
+    rest = [sizes for _, sizes in ordered[len(_PARTS) :]]
+    if rest:
+        yield "other", {n: sum(sizes.get(n, 0.0) for sizes in rest) for n in names}
 
 
 def _draw_speed(report: Report, axes: Any) -> None:
@@ -176,11 +169,18 @@ def _draw_speed(report: Report, axes: Any) -> None:
             s=70,
             label=method.name,
         )
+    axes.margins(0.15)
     axes.set_xlim(left=0)
     axes.set_ylim(bottom=0)
     axes.set_xlabel(f"measured peak memory in {name}")
     axes.set_ylabel("tokens per second")
-    axes.legend()
+    _legend_below(axes, len(report.finished))
+
+
+def _legend_below(axes: Any, num_columns: int) -> None:
+    axes.figure.legend(
+        *axes.get_legend_handles_labels(), ncols=num_columns, fontsize=9, loc="outside lower center"
+    )
 
 
 def _unit(num_bytes: float) -> tuple[float, str]:

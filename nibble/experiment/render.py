@@ -36,7 +36,7 @@ def print_page(page: Page, console: "Console") -> None:
     console.print()
     console.print(shown(page.groups[0].columns, page.groups))
     for other in page.others:
-        console.print(f"\n[bold]{escape(other.title)}[/bold]")
+        console.print(f"\n[bold]{escape(other.title)}[/bold]  {escape(other.about)}")
         console.print(shown(other.columns, [other]))
     console.print("\n[bold]Which to use[/bold]")
     console.print(escape(" ".join(page.answer)))
@@ -53,7 +53,7 @@ def to_markdown(page: Page, pictures: Sequence[tuple[str, str]]) -> str:
     for table in page.groups:
         lines += [f"## {table.title}", "", *_markdown_table(table), ""]
     for table in page.others:
-        lines += [f"## {table.title}", "", *_markdown_table(table), ""]
+        lines += [f"## {table.title}", "", table.about, "", *_markdown_table(table), ""]
     if pictures:
         lines += ["## Pictures", ""]
         lines += [f"![{_cell(alt)}]({name})\n" for name, alt in pictures]

@@ -6,13 +6,12 @@ compare's records -> Report -> report.json, and by `tables` and `page` what a pe
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from pathlib import Path
 from typing import Any
 
 from nibble.config import RunConfig
 from nibble.experiment.compare import Comparison, Record
 from nibble.experiment.criteria import CRITERIA
-from nibble.experiment.figures import RunFigures, read_figures
+from nibble.experiment.figures import RunFigures
 from nibble.experiment.project import OnDevice
 from nibble.experiment.statistics import Estimate, difference, estimate
 
@@ -106,18 +105,20 @@ class Report:
 
 def build_report(
     comparison: Comparison,
-    place: Path,
     records: Mapping[tuple[str, int], Record],
+    runs: Sequence[RunFigures],
     *,
     devices: Sequence[OnDevice] = (),
     kernels: Mapping[str, str] | None = None,
 ) -> Report:
-    """Gather what stands in the folder of a comparison."""
-    runs = [
-        read_figures(place, method, seed, record)
-        for (method, seed), record in records.items()
-        if record.is_finished
-    ]
+    """Gather what was measured.
+
+    Args:
+        records: How each run ended, by method and seed.
+        runs: The figures of the finished ones.
+        devices: What a plan says of other GPUs.
+        kernels: What did each kind of operation here.
+    """
     by_method = {name: [run for run in runs if run.method == name] for name in comparison.runs}
     peaks = {name: _by_seed(found, "peak_memory_bytes") for name, found in by_method.items()}
     common, own = _settings(comparison)

@@ -9,16 +9,17 @@ from nibble.experiment.measure import SHORT_TOKENS
 from nibble.experiment.project import OnDevice
 from nibble.experiment.report import FINISHED, Difference, Method, Report
 from nibble.experiment.verdict import beside_lora, verdict
-from nibble.units import gigabytes
+from nibble.units import counted, size
 
 
 @dataclass(frozen=True)
 class Table:
-    """A heading, the names of columns, and rows whose first cell names them."""
+    """A heading, names of columns, rows whose first cell names them, and how to read them."""
 
     title: str
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
+    about: str = ""
 
 
 @dataclass(frozen=True)
@@ -74,10 +75,11 @@ def _facts(report: Report) -> Iterator[tuple[str, str]]:
     made_of = next((run.made_of for method in report.methods for run in method.runs), {})
     if made_of:
         device = made_of["device"] if made_of["device"] != "cpu" else made_of["processor"]
-        threads = f"{made_of['threads']} thread{'' if made_of['threads'] == '1' else 's'}"
+        threads = counted(int(made_of["threads"]), "thread")
         yield "machine", f"{device}, {threads}"
         packages = ("nibble", "torch", "transformers", "tokenizers", "safetensors")
-        yield "packages", ", ".join(f"{name} {made_of.get(name)}" for name in packages)
+        listed = ", ".join(f"{name} {made_of.get(name)}" for name in packages)
+        yield "packages", f"{listed}; no method needs others"
     if report.kernels:
         yield "kernels", "; ".join(f"{what}: {how}" for what, how in report.kernels.items())
 
@@ -96,7 +98,6 @@ def _rows(report: Report, group: str) -> Iterator[tuple[str, ...]]:
     if group == "Setting up":
         yield ("settings of its own", *(_settings(m.own_settings) or "-" for m in report.methods))
         yield ("chosen by the plan", *map(_planned, report.methods))
-        yield ("packages beside the rest", *("none" for _ in report.methods))
         yield ("warnings", *(str(len(m.warnings)) if m.runs else "-" for m in report.methods))
     if group == "Hardware" and any(method.devices for method in report.methods):
         yield ("smallest device that fits", *(_smallest(m.smallest) for m in report.methods))
@@ -109,34 +110,35 @@ def _planned(method: Method) -> str:
 
 
 def _way(settings: dict[str, Any]) -> str:
-    size = settings["train.micro_batch_size"]
+    number = settings["train.micro_batch_size"]
     paged = ", paged" if settings.get("optim.paged") else ""
     host = ", embeddings on the host" if settings.get("model.embeddings") == "host" else ""
-    rows = f"{size} row{'' if size == 1 else 's'} a pass"
-    return f"{rows}, recompute {settings['train.recompute']}{paged}{host}"
+    return f"{counted(number, 'row')} a pass, recompute {settings['train.recompute']}{paged}{host}"
 
 
 def _smallest(found: OnDevice | None) -> str:
-    return f"{found.device}, {gigabytes(found.needed_bytes)} of it" if found else "none"
+    return f"{found.device}, needs {size(found.needed_bytes)}" if found else "none"
 
 
 def _other_tables(report: Report) -> Iterator[Table]:
     if report.differences:
         columns = ("", "difference", "95 % interval", "in per cent", "told apart from 0")
         rows = tuple(_difference_row(found) for found in report.differences)
-        yield Table("Differences, seed by seed", columns, rows)
+        about = "The first method less the second, of runs with the same seed."
+        yield Table("Differences, seed by seed", columns, rows, about)
     devices = list(
         dict.fromkeys(
             one.device for method in report.methods for one in method.devices if not one.is_smallest
         )
     )
     if devices:
-        columns = ("planned, not run", *(method.name for method in report.methods))
+        columns = ("", *(method.name for method in report.methods))
         rows = tuple(
             (device, *(_on_device(method, device) for method in report.methods))
             for device in devices
         )
-        yield Table("The same work on other GPUs", columns, rows)
+        about = "Planned, nothing was run: memory that has to fit, time and price of all steps."
+        yield Table("The same work on other GPUs", columns, rows, about)
 
 
 def _difference_row(found: Difference) -> tuple[str, ...]:
@@ -159,12 +161,17 @@ def _on_device(method: Method, device: str) -> str:
     found = next((one for one in method.devices if one.device == device), None)
     if found is None:
         return "-"
-    needs = gigabytes(found.needed_bytes)
+    needs = size(found.needed_bytes)
     if not found.fits:
         return f"does not fit: {needs}"
     total = "" if found.total_seconds is None else f", {_span(found.total_seconds)}"
-    price = "" if found.cost is None else f", {found.cost:.2f} USD"
-    return f"{needs}{total}{price}"
+    return f"{needs}{total}{_price(found.cost)}"
+
+
+def _price(cost: float | None) -> str:
+    if cost is None:
+        return ""
+    return f", {cost:.2f} USD" if cost >= 0.01 else ", below 0.01 USD"
 
 
 def _span(seconds: float) -> str:
@@ -175,12 +182,17 @@ def _span(seconds: float) -> str:
 
 
 def _notes(report: Report) -> Iterator[str]:
+    yield from (f"{method.name}: {method.reason}" for method in report.methods if method.reason)
+    yield from filter(None, [beside_lora(report)])
+    yield from _how_measured(report)
+    if report.differs:
+        yield f"Not the same in all runs, so compare with care: {', '.join(report.differs)}."
     for method in report.methods:
-        if method.reason:
-            yield f"{method.name}: {method.reason}"
-    sentence = beside_lora(report)
-    if sentence:
-        yield sentence
+        for warning, count in method.warnings.items():
+            yield f"Warning of {method.name} in {count} of {len(method.runs)} runs: {warning}"
+
+
+def _how_measured(report: Report) -> Iterator[str]:
     if len(report.seeds) > 1:
         yield (
             f"Figures are means over {len(report.seeds)} seeds; ± is half of Student's 95 % "
@@ -190,21 +202,16 @@ def _notes(report: Report) -> Iterator[str]:
         yield "Held-out rows are drawn anew with each seed: the intervals cover that as well."
     if report.num_short:
         yield (
-            f"Short answers: greedy, all or nothing, the first {report.num_short} held-out rows "
+            f"Short answers: greedy, all or nothing, {counted(report.num_short, 'held-out row')} "
             f"with answers of at most {SHORT_TOKENS} tokens."
         )
     elif report.finished:
         yield f"No held-out answer has at most {SHORT_TOKENS} tokens: none is right as a whole."
     if report.num_general_tokens:
         yield (
-            f"Forgetting is measured on {report.num_general_tokens:,} tokens of general text, "
-            "before training on the base as the method stores it."
+            f"Forgetting is measured on {report.num_general_tokens:,} tokens of general text; "
+            "before training that is the base as the method stores it."
         )
-    if report.differs:
-        yield f"Not the same in all runs, so compare with care: {', '.join(report.differs)}."
-    for method in report.methods:
-        for warning, count in method.warnings.items():
-            yield f"Warning of {method.name} in {count} of {len(method.runs)} runs: {warning}"
 
 
 def _settings(settings: dict[str, Any]) -> str:

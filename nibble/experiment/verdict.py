@@ -66,7 +66,7 @@ def _is_as_good(report: Report, method: Method, best: Method) -> bool:
     found, share = _between(report, method, best)
     if method is best or share <= SAME_LOSS:
         return True
-    return found is not None and found.found.low is not None and not found.found.is_apart_from_0
+    return found is not None and _is_open(found)
 
 
 def _choose(methods: list[Method]) -> Method:
@@ -91,14 +91,14 @@ def _beside(report: Report, chosen: Method, other: Method) -> str:
     found, share = _between(report, other, chosen)
     if abs(share) <= SAME_LOSS:
         loss = "is as good"
-    elif found is not None and not found.found.is_apart_from_0:
-        loss = f"has a loss {_percent(abs(share))} {_way(share)}, not told apart"
+    elif found is not None and _is_open(found):
+        loss = f"has a loss {_percent(abs(share))} {_way(share)}, which the seeds do not tell apart"
     else:
         loss = f"has a loss {_percent(abs(share))} {_way(share)}"
     times, memory = _seconds(other) / _seconds(chosen), _peak(other) / _peak(chosen) - 1
-    pace = "as long" if abs(times - 1) < SAME_TIME else f"{times:.2f} times as long"
+    pace = "the same time" if abs(times - 1) < SAME_TIME else f"{times:.2f} times the time"
     bytes_ = f"{_percent(abs(memory))} {'more' if memory > 0 else 'less'} memory"
-    return f"{other.name} {loss}, takes {pace} and {bytes_}."
+    return f"{other.name} {loss}, and takes {pace} and {bytes_}."
 
 
 def _missing(report: Report) -> Iterator[str]:
@@ -129,8 +129,8 @@ def _changes(report: Report, chosen: Method, measured: list[Method]) -> Iterator
         )
     if len(report.seeds) == 1:
         yield "One seed cannot tell a difference from chance: more --seeds may change the answer."
-    open_ones = [f for f in _of_loss(report) if abs(f.share) > SAME_LOSS and not _is_told(f)]
-    if open_ones and len(report.seeds) > 1:
+    open_ones = [f for f in _of_loss(report) if abs(f.share) > SAME_LOSS and _is_open(f)]
+    if open_ones:
         pairs = " and ".join(f"{f.ours} from {f.theirs}" for f in open_ones)
         yield f"More seeds may tell {pairs}."
     if _has_one_rate(report):
@@ -144,8 +144,9 @@ def _of_loss(report: Report) -> list[Difference]:
     return [found for found in report.differences if found.key == "eval_loss"]
 
 
-def _is_told(found: Difference) -> bool:
-    return found.found.is_apart_from_0
+def _is_open(found: Difference) -> bool:
+    """Whether there are seeds to tell by, and they do not tell."""
+    return found.found.low is not None and not found.found.is_apart_from_0
 
 
 def _has_one_rate(report: Report) -> bool:
