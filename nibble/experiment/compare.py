@@ -17,7 +17,14 @@ from typing import Any
 
 from nibble.config import RunConfig, check_run, flatten, load_config, unused_keys
 from nibble.disk import disk_errors, file_sha256, replace_file
-from nibble.errors import DoesNotFitError, FolderInUseError, StoppedError, UsageError, did_you_mean
+from nibble.errors import (
+    DataError,
+    DoesNotFitError,
+    FolderInUseError,
+    StoppedError,
+    UsageError,
+    did_you_mean,
+)
 from nibble.experiment import engine
 from nibble.train import folder
 from nibble.train.manifest import data_files
@@ -133,6 +140,7 @@ def read_comparison(
 
     Raises:
         UsageError: If a method, a key or a value is wrong.
+        DataError: If `general` is no file.
     """
     for method in methods:
         if method not in METHODS:
@@ -148,6 +156,8 @@ def read_comparison(
         )
     if num_seeds < 1:
         raise UsageError(f"--seeds {num_seeds}: expected at least 1", fix="for example --seeds 3")
+    if general and not Path(general).is_file():
+        raise DataError("no such file", path=general, fix="give --general-data a data file")
     common, own = _split_overrides(overrides, methods)
     ordered = [method for method in METHODS if method in methods]
     runs = {method: _read_run(recipe, method, common, own[method]) for method in ordered}
