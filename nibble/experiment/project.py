@@ -2,14 +2,15 @@
 
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from nibble.config import RunConfig
 from nibble.data.dataset import build_dataset
-from nibble.disk import replace_file
-from nibble.errors import UnavailableError
+from nibble.disk import disk_errors, replace_file
+from nibble.errors import NibbleError, UnavailableError
 from nibble.experiment.compare import Comparison
 from nibble.model.files import find_tokenizer
 from nibble.model.tokenizer import load_tokenizer
@@ -48,18 +49,22 @@ def project(comparison: Comparison, place: Path) -> list[OnDevice]:
     """Every method on the devices of `SHOWN`, and on the smallest of the table that it fits.
 
     What was planned once by the same code for the same comparison is read from `PROJECTION_FILE`.
+    A method that cannot be planned is left out: its runs have said why.
 
     Raises:
-        NibbleError: If the model or its data cannot be read.
-        OSError: If the file cannot be written.
+        DiskError: If the file cannot be written.
     """
     made_for = {"code": environment()["code"], **comparison.to_dict()}
     path = place / PROJECTION_FILE
     found = _read(path, made_for)
     if found is None:
-        found = [one for run in comparison.runs.values() for one in _of_method(run)]
+        found = []
+        for run in comparison.runs.values():
+            with suppress(NibbleError):
+                found += list(_of_method(run))
         values = {"made_for": made_for, "found": [asdict(one) for one in found]}
-        replace_file(path, (json.dumps(values, indent=2) + "\n").encode())
+        with disk_errors(f"cannot write {path}"):
+            replace_file(path, (json.dumps(values, indent=2) + "\n").encode())
     return found
 
 

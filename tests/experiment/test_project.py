@@ -56,6 +56,13 @@ def test_what_was_planned_and_is_broken_is_planned_again(
     assert project.project(comparison, tmp_path) == []
 
 
+def test_a_method_that_cannot_be_planned_is_left_out(comparison, few, tmp_path):
+    target = {"lora.target": ["no_proj"]}
+    comparison.runs["lora"] = comparison.runs["lora"].with_values(target, "flag")
+    found = project.project(comparison, tmp_path)
+    assert {one.method for one in found} == {"qlora"}
+
+
 def test_a_model_that_fits_no_device_has_no_smallest(comparison, few, monkeypatch):
     huge = project.DEVICES[0].__class__("small", "cuda", 2**20, 1e12, 1e11, 1e10)
     monkeypatch.setattr(project, "DEVICES", (huge,))
