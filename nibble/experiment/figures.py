@@ -100,7 +100,10 @@ def _size_values(events: list[Event], end: RunEnd) -> dict[str, float]:
         "saved_bytes": end.adapter_bytes,
         "saved_share": end.adapter_bytes / base,
         "trained_values": load.num_trainable,
-        "peak_memory_bytes": end.peak_memory_bytes,
+        # A run that was continued has a peak in each of its processes.
+        "peak_memory_bytes": max(
+            event.peak_memory_bytes for event in events if isinstance(event, StepEnd | RunEnd)
+        ),
     }
     if end.predicted_peak_memory_bytes is not None:
         values["predicted_peak_memory_bytes"] = end.predicted_peak_memory_bytes

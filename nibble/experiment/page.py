@@ -38,7 +38,7 @@ th:first-child { text-align: left; font-weight: 500; }
 th[scope=row] { position: sticky; left: 0; background: var(--paper); min-width: 6.5rem; }
 thead th { background: var(--shade); border-top: 0; }
 tbody th[scope=rowgroup] { padding-top: .9rem; font-weight: 700; background: var(--shade); }
-td { min-width: 6.5rem; }
+td { min-width: 6.5rem; max-width: 16rem; }
 figure { margin: 1rem 0; }
 figure img { max-width: 100%; height: auto; display: block; border-radius: .4rem; }
 figcaption { color: var(--dim); font-size: .9rem; padding-top: .25rem; }

@@ -95,7 +95,8 @@ def _draw_loss(report: Report, axes: Any) -> None:
             yerr=spread,
             color=colour,
             marker=_MARKERS[method.name],
-            linestyle="dotted",
+            linestyle="dotted" if len(held_out) > 2 else "none",
+            markerfacecolor="none",
             capsize=3,
             label=f"{method.name}, held out",
         )

@@ -8,6 +8,9 @@ from nibble.experiment.tables import Page, Table
 if TYPE_CHECKING:
     from rich.console import Console
 
+# Characters of a column; longer cells take several lines.
+_WIDEST = 40
+
 
 def print_page(page: Page, console: "Console") -> None:
     """Tables, the answer, notes; without frames where it is no terminal."""
@@ -20,7 +23,8 @@ def print_page(page: Page, console: "Console") -> None:
     def shown(columns: Sequence[str], tables: Sequence[Table]) -> RichTable:
         table = RichTable(box=frame, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
         for number, column in enumerate(columns):
-            table.add_column(escape(column), justify="left" if number == 0 else "right")
+            justify = "left" if number == 0 else "right"
+            table.add_column(escape(column), justify=justify, max_width=_WIDEST)
         for part in tables:
             if len(tables) > 1:
                 table.add_row(f"[bold]{escape(part.title)}[/bold]")

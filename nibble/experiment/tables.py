@@ -171,7 +171,7 @@ def _on_device(method: Method, device: str) -> str:
 def _price(cost: float | None) -> str:
     if cost is None:
         return ""
-    return f", {cost:.2f} USD" if cost >= 0.01 else ", below 0.01 USD"
+    return f", {cost:.2f} USD" if cost >= 0.01 else ", < 0.01 USD"
 
 
 def _span(seconds: float) -> str:
@@ -187,16 +187,21 @@ def _notes(report: Report) -> Iterator[str]:
     yield from _how_measured(report)
     if report.differs:
         yield f"Not the same in all runs, so compare with care: {', '.join(report.differs)}."
-    for method in report.methods:
+    warned: dict[str, list[str]] = {}
+    for method in report.finished:
         for warning, count in method.warnings.items():
-            yield f"Warning of {method.name} in {count} of {len(method.runs)} runs: {warning}"
+            of = f"{count} of {len(method.runs)} of {method.name}"
+            warned.setdefault(warning, []).append(of)
+    for warning, runs in warned.items():
+        yield f"Warning in some runs ({', '.join(runs)}): {warning}"
 
 
 def _how_measured(report: Report) -> Iterator[str]:
     if len(report.seeds) > 1:
         yield (
             f"Figures are means over {len(report.seeds)} seeds; ± is half of Student's 95 % "
-            "interval. Differences are taken seed by seed, so that what a seed brings cancels out."
+            "interval. Differences are taken seed by seed, so that what a seed brings cancels out; "
+            "of twenty such intervals one leaves out the truth by chance."
         )
     if isinstance(report.run.data.eval, float):
         yield "Held-out rows are drawn anew with each seed: the intervals cover that as well."

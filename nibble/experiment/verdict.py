@@ -1,6 +1,7 @@
 """Which method to use, why, and what would change the answer: sentences of a report."""
 
 from collections.abc import Iterator
+from statistics import fmean
 
 from nibble.experiment.criteria import plain
 from nibble.experiment.report import Difference, Method, Report
@@ -23,7 +24,7 @@ def verdict(report: Report) -> list[str]:
     return [
         f"Use {chosen.name} here.",
         _why(report, chosen, best),
-        *(_beside(report, chosen, other) for other in others),
+        *(_beside(report, chosen, other, best) for other in others),
         *_missing(report),
         *_changes(report, chosen, measured),
     ]
@@ -48,6 +49,12 @@ def _loss(method: Method) -> float:
 
 def _seconds(method: Method) -> float:
     return method.figures["train_seconds"].value
+
+
+def _times(ours: Method, theirs: Method, key: str) -> float:
+    """The mean over seeds of a figure of one over that of another."""
+    others = {run.seed: run.values[key] for run in theirs.runs}
+    return fmean(run.values[key] / others[run.seed] for run in ours.runs if run.seed in others)
 
 
 def _peak(method: Method) -> float:
@@ -84,21 +91,25 @@ def _why(report: Report, chosen: Method, best: Method) -> str:
     assert found is not None, "both have a seed in common"
     why = f"{loss} is {_percent(share)} above the lowest, {best.name}'s"
     apart = "" if share <= SAME_LOSS else ", which the seeds do not tell apart"
-    return f"{why}{apart}, and it is the cheapest of those that are as good."
+    return f"{why}{apart}; of those that are as good it is the quickest, or as quick and smaller."
 
 
-def _beside(report: Report, chosen: Method, other: Method) -> str:
+def _beside(report: Report, chosen: Method, other: Method, best: Method) -> str:
     found, share = _between(report, other, chosen)
-    if abs(share) <= SAME_LOSS:
-        loss = "is as good"
+    way = f"{_percent(abs(share))} {'higher' if share > 0 else 'lower'}"
+    if other is best:
+        loss = ""
+    elif abs(share) <= SAME_LOSS:
+        loss = "is as good, and "
     elif found is not None and _is_open(found):
-        loss = f"has a loss {_percent(abs(share))} {_way(share)}, which the seeds do not tell apart"
+        loss = f"has a loss {way}, which the seeds do not tell apart, and "
     else:
-        loss = f"has a loss {_percent(abs(share))} {_way(share)}"
-    times, memory = _seconds(other) / _seconds(chosen), _peak(other) / _peak(chosen) - 1
+        loss = f"has a loss {way}, and "
+    times = _times(other, chosen, "train_seconds")
+    memory = _times(other, chosen, "peak_memory_bytes") - 1
     pace = "the same time" if abs(times - 1) < SAME_TIME else f"{times:.2f} times the time"
     bytes_ = f"{_percent(abs(memory))} {'more' if memory > 0 else 'less'} memory"
-    return f"{other.name} {loss}, and takes {pace} and {bytes_}."
+    return f"{other.name} {loss}takes {pace} and {bytes_}."
 
 
 def _missing(report: Report) -> Iterator[str]:
@@ -127,17 +138,32 @@ def _changes(report: Report, chosen: Method, measured: list[Method]) -> Iterator
             f"The base is {_percent(share)} of lora's peak here; with a larger base it is more, "
             "and so is what qlora saves."
         )
+    yield from _forgetting(report, chosen, measured)
     if len(report.seeds) == 1:
         yield "One seed cannot tell a difference from chance: more --seeds may change the answer."
     open_ones = [f for f in _of_loss(report) if abs(f.share) > SAME_LOSS and _is_open(f)]
     if open_ones:
-        pairs = " and ".join(f"{f.ours} from {f.theirs}" for f in open_ones)
+        pairs = ", ".join(f"{f.ours} from {f.theirs}" for f in open_ones)
         yield f"More seeds may tell {pairs}."
     if _has_one_rate(report):
         yield (
             "All methods had one learning rate, and lora usually wants ten times that of full: "
             "--set full:optim.lr=... gives full its own."
         )
+
+
+def _forgetting(report: Report, chosen: Method, measured: list[Method]) -> Iterator[str]:
+    """Which forgot less, where that is told."""
+    known = [method for method in measured if "forgetting" in method.figures]
+    least = min(known, key=lambda method: method.figures["forgetting"].value, default=chosen)
+    for names in ((least.name, chosen.name), (chosen.name, least.name)):
+        found = report.difference("forgetting", *names)
+        if found is not None and found.found.is_apart_from_0:
+            ours, theirs = (m.figures["forgetting"].value for m in (least, chosen))
+            yield (
+                f"Where what the base knew counts, {least.name} forgot less: {ours:+.2f} nats on "
+                f"general text against {theirs:+.2f}."
+            )
 
 
 def _of_loss(report: Report) -> list[Difference]:
@@ -163,10 +189,6 @@ def _told(found: Difference) -> str:
     interval = f"{found.found.low:+.4f} to {found.found.high:+.4f}"
     apart = "told apart from 0" if found.found.is_apart_from_0 else "not told apart from 0"
     return f"{value}, 95 % interval {interval}, {apart}"
-
-
-def _way(share: float) -> str:
-    return "higher" if share > 0 else "lower"
 
 
 def _percent(share: float) -> str:

@@ -41,6 +41,8 @@ def test_a_run_that_fails_says_why(run, tmp_path):
     assert not ended.is_finished
     assert not ended.is_resumable
     assert "none.jsonl" in ended.reason
+    assert ended.fix
+    assert "fix:" not in ended.fix
 
 
 def test_a_run_is_stopped_in_order_and_goes_on(run, tmp_path):

@@ -49,7 +49,7 @@ def test_warnings_are_told_with_the_number_of_runs(report_of):
         return replace(run, warnings=("row 3 was cut",) if run.seed < 2 else ())
 
     page = build_page(report_of({"lora": (2.0, 200, 20.0)}, change=warned))
-    assert "Warning of lora in 2 of 3 runs: row 3 was cut" in page.notes
+    assert "Warning in some runs (2 of 3 of lora): row 3 was cut" in page.notes
     assert cells(page, "Setting up")["warnings"] == ("1",)
 
 

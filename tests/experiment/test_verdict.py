@@ -54,6 +54,19 @@ def test_seeds_that_do_not_tell_are_no_difference(report_of):
     assert "More seeds may tell full from lora." in said
 
 
+def test_what_was_forgotten_is_told_where_it_differs(report_of):
+    from dataclasses import replace
+
+    def forgetful(run):
+        more = 1.6 if run.method == "lora" else 0.2
+        return replace(run, values={**run.values, "forgetting": more + 0.01 * run.seed})
+
+    figures = {"lora": (2.0, 200, 20.0), "full": (2.0, 600, 40.0)}
+    said = text(report_of(figures, change=forgetful))
+    assert "full forgot less: +0.21 nats on general text against +1.61." in said
+    assert "forgot" not in text(report_of(figures))
+
+
 def test_one_seed_is_said_to_be_one(report_of):
     said = text(report_of(num_seeds=1))
     assert "One seed cannot tell a difference from chance" in said
