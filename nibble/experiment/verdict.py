@@ -19,11 +19,12 @@ def verdict(report: Report) -> list[str]:
     if not measured:
         return ["No run is finished, so nothing can be said of the methods."]
     best = min(measured, key=_loss)
-    chosen = _choose([method for method in measured if _is_as_good(report, method, best)])
+    as_good = [method for method in measured if _is_as_good(report, method, best)]
+    chosen = _choose(as_good)
     others = [method for method in measured if method is not chosen]
     return [
         f"Use {chosen.name} here.",
-        _why(report, chosen, best),
+        _why(report, chosen, best, as_good),
         *(_beside(report, chosen, other, best) for other in others),
         *_missing(report),
         *_changes(report, chosen, measured),
@@ -83,7 +84,7 @@ def _choose(methods: list[Method]) -> Method:
     return min(quick, key=_peak)
 
 
-def _why(report: Report, chosen: Method, best: Method) -> str:
+def _why(report: Report, chosen: Method, best: Method, as_good: list[Method]) -> str:
     loss = f"{chosen.name}'s held-out loss of {_loss(chosen):.4f}"
     if chosen is best:
         return f"{loss} is the lowest."
@@ -91,7 +92,9 @@ def _why(report: Report, chosen: Method, best: Method) -> str:
     assert found is not None, "both have a seed in common"
     why = f"{loss} is {_percent(share)} above the lowest, {best.name}'s"
     apart = "" if share <= SAME_LOSS else ", which the seeds do not tell apart"
-    return f"{why}{apart}; of those that are as good it is the quickest, or as quick and smaller."
+    is_quickest = chosen is min(as_good, key=_seconds)
+    how = "the quickest" if is_quickest else "as quick as any and takes the least memory"
+    return f"{why}{apart}; of those that are as good it is {how}."
 
 
 def _beside(report: Report, chosen: Method, other: Method, best: Method) -> str:

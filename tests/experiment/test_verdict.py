@@ -27,6 +27,17 @@ def test_the_cheapest_of_those_that_are_as_good(report_of, figures, chosen):
     assert verdict(report_of(figures))[0] == f"Use {chosen} here."
 
 
+@pytest.mark.parametrize(
+    ("seconds", "why"),
+    [(25.0, "the quickest."), (20.5, "as quick as any and takes the least memory.")],
+)
+def test_it_says_why_this_one_of_those_that_are_as_good(report_of, seconds, why):
+    figures = {"lora": (2.01, 200, 20.0), "qlora": (2.0, 150, 25.0)}
+    if seconds < 25:
+        figures = {"lora": (2.0, 200, 20.0), "qlora": (2.01, 150, seconds)}
+    assert f"of those that are as good it is {why}" in text(report_of(figures))
+
+
 def test_it_says_what_the_others_cost(report_of):
     said = text(report_of())
     assert "full's held-out loss of 1.5007 is the lowest." in said
