@@ -1,13 +1,21 @@
 """Public functions that span several rooms."""
 
+import json
 from collections.abc import Collection
+from contextlib import nullcontext
+from typing import Any
 
 from nibble.config import RunConfig, check_named, check_run
+from nibble.data.dataset import Dataset
+from nibble.errors import DataError, UnavailableError
 from nibble.events import Emit
 from nibble.plan.devices import Device
 from nibble.plan.plan import Plan, concrete, make_plan
 from nibble.train import folder, trainer
+from nibble.train.distributed import Ranks, joined
 from nibble.train.job import open_keys
+from nibble.train.launch import place_here
+from nibble.train.manifest import versions
 from nibble.train.result import Result
 
 
@@ -36,10 +44,11 @@ def train(
     """Train as `run` says, or continue what stands in its folder.
 
     `auto` values are planned for this device first; a run that is continued keeps the values it
-    was started with.
+    was started with. In a process that torchrun started, with the others of its run: each calls
+    this with the same arguments, and the first one writes.
 
     Args:
-        emit: Receives every event of the run, in order.
+        emit: Receives every event of the run, in order; of several processes, in the first.
         anyway: Start even if the plan says that the run will not fit.
         allow_change: What may differ from the run that is continued: dotted keys of the config,
             or "base", "data", "tokenizer", "template", "rows".
@@ -48,7 +57,8 @@ def train(
         NibbleError: One of its kinds, each with an exit code; see `nibble.errors`.
     """
     check_run(run)
-    with folder.hold(folder.folder_of(run)):
+    is_first = place_here().rank == 0
+    with folder.hold(folder.folder_of(run)) if is_first else nullcontext():
         return train_held(run, emit, anyway=anyway, allow_change=allow_change)
 
 
@@ -58,6 +68,24 @@ def train_held(
     """`train` in a folder that the caller holds, with a run that was checked."""
     if run.out is None:
         run = run.with_values({"out": str(folder.folder_of(run))}, "default")
+    with joined() as ranks:
+        ranks.check_same(versions(), UnavailableError, "code")
+        given = {key: json.dumps(value) for key, value in run.flat().items() if key != "out"}
+        changes = {"--allow-change": " ".join(sorted(allow_change))}
+        ranks.check_same({**given, **changes}, DataError, "configs")
+        plan, dataset = None, None
+        if ranks.is_first:
+            run, plan, dataset = _planned(run, anyway=anyway)
+        run = _as_first(run, ranks)
+        return trainer.train(
+            run, emit, plan=plan, dataset=dataset, allow_change=allow_change, ranks=ranks
+        )
+
+
+def _planned(
+    run: RunConfig, *, anyway: bool
+) -> tuple[RunConfig, dict[str, Any] | None, Dataset | None]:
+    """The run with concrete values; the plan and the data set, where it had to be planned."""
     out = folder.folder_of(run)
     earlier = folder.read_run(out)
     if earlier is not None:
@@ -65,17 +93,21 @@ def train_held(
         is_same = not folder.changed_keys(earlier, kept)
         is_planned = folder.has_begun(out) or (is_same and folder.read_plan(out))
         if not open_keys(kept) and is_planned:
-            return trainer.train(kept, emit, allow_change=allow_change)
+            return kept, None, None
     made, dataset = make_plan(run)
     if not made.fits and not anyway:
         raise made.error()
-    return trainer.train(
-        concrete(run, made.settings),
-        emit,
-        plan=made.to_dict(),
-        dataset=dataset,
-        allow_change=allow_change,
-    )
+    return concrete(run, made.settings), made.to_dict(), dataset
+
+
+def _as_first(run: RunConfig, ranks: Ranks) -> RunConfig:
+    """The run as rank 0 planned it, with the origins of its values."""
+    if ranks.is_alone:
+        return run
+    values, origins = ranks.of_first([run.flat(), {key: run.origin(key) for key in run.flat()}])
+    taken = run.with_values(values, "planner")
+    taken._origins.update(origins)
+    return taken
 
 
 def _with_plan_of(earlier: RunConfig, run: RunConfig) -> RunConfig:

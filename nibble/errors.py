@@ -30,6 +30,8 @@ class NibbleError(Exception):
     """
 
     exit_code = 1
+    # Of several processes that end alike, one says why.
+    is_told = False
 
     def __init__(self, what: str, *, fix: str = "") -> None:
         super().__init__(what)

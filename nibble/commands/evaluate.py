@@ -28,8 +28,8 @@ def evaluate(
     from nibble.data.dataset import build_dataset
     from nibble.data.loader import eval_batches
     from nibble.model.load import load_base
+    from nibble.train.evaluate import EVAL_TOKENS
     from nibble.train.evaluate import evaluate as measure
-    from nibble.train.trainer import EVAL_TOKENS
 
     storage = run.quant.type if run.method == "qlora" else "bf16"
     if run.model.dtype == "float32" and storage == "bf16":

@@ -50,7 +50,8 @@ def _run(words: Sequence[str], is_debug: bool) -> int:
     except NibbleError as error:
         if is_debug:
             raise
-        _tell(str(error))
+        if not error.is_told:
+            _tell(str(error))
         return error.exit_code
     except KeyboardInterrupt:
         return _interrupted()

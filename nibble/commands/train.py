@@ -1,5 +1,7 @@
 """`nibble train`: a recipe or a few flags, a progress bar, a result."""
 
+import sys
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,6 +29,9 @@ def train(
             help="Continue though this key, or base, data, rows, tokenizer, template, changed."
         ),
     ] = None,
+    devices: Annotated[
+        int | None, typer.Option(min=1, help="Processes on this machine, one a device; 1.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Train, or continue the run that stands in --out."""
@@ -42,17 +47,22 @@ def train(
 
     # A wrong config or folder is refused before the large libraries are imported.
     check_run(run)
-    from nibble.train import folder
+    from nibble.train import folder, launch
     from nibble.train.interrupt import stop_signals
 
+    is_first = launch.place_here().rank == 0
     target = folder.folder_of(run)
-    if fresh:
+    if fresh and is_first:
         folder.refuse_content(target)
-    with stop_signals(), folder.hold(target):
+    if devices is not None and launch.is_launcher(devices):
+        raise typer.Exit(launch.launch(devices, sys.argv[1:]))
+    with stop_signals(), folder.hold(target) if is_first else nullcontext():
         with quick_imports():
             from nibble import api
-        with progress.TrainingBar() as bar:
+        with progress.TrainingBar() if is_first else nullcontext(progress.no_bar) as bar:
             result = api.train_held(run, bar, anyway=anyway, allow_change=allow_change or ())
+    if not is_first:
+        return
     if not bar.has_begun:
         typer.echo(f"{target} is finished already; nothing to do", err=True)
     if as_json:

@@ -105,7 +105,15 @@ class Loader:
 
     def micro_batches(self, step: int) -> list[Batch]:
         """This rank's batches of a step; none where the step has fewer rows than ranks."""
-        mine = self.row_ids(step)[self.rank :: self.world_size]
+        return self._batches_of(self.rank, step)
+
+    def all_batches(self, step: int) -> Iterator[Batch]:
+        """The batches of every rank of a step, one rank after the other."""
+        for rank in range(self.world_size):
+            yield from self._batches_of(rank, step)
+
+    def _batches_of(self, rank: int, step: int) -> list[Batch]:
+        mine = self.row_ids(step)[rank :: self.world_size]
         size = self.micro_batch_size
         return [
             rows_to_batch([self.rows[i] for i in mine[at : at + size]], mine[at : at + size])
@@ -113,12 +121,16 @@ class Loader:
         ]
 
     def largest_pass(self, num_steps: int, size: int) -> list[int]:
-        """The rows of the pass of `size` rows with the most tokens in the first steps of a run."""
+        """The rows of the pass of `size` rows with the most tokens in the first steps of a run.
+
+        It may be that of any rank: each gets the same answer.
+        """
         lengths = np.array([len(row) for row in self.rows])
         largest: list[int] = []
         for step in range(num_steps):
             ids = self.row_ids(step)
-            parts = [ids[at : at + size] for at in range(0, len(ids), size)]
+            shares = [ids[rank :: self.world_size] for rank in range(self.world_size)]
+            parts = [mine[at : at + size] for mine in shares for at in range(0, len(mine), size)]
             largest = max([largest, *parts], key=lambda part: lengths[part].sum() if part else 0)
         return largest
 

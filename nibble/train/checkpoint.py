@@ -4,9 +4,8 @@
         state.safetensors     trained values, both moments, random state
         manifest.json         step, counters, identity, SHA-256 of the state and of itself
 
-A folder is written beside, flushed to the disk and renamed, so a name is a complete checkpoint. The
-latest is found by validating from the newest down: no file says which it is, and no clock counts.
-Nothing is ever unpickled.
+A folder is written beside, flushed to the disk and renamed: a name is a complete checkpoint. The
+latest is found by validating from the newest down, by no file and no clock. Nothing is unpickled.
 """
 
 import hashlib
@@ -111,7 +110,7 @@ def save(
     """
     fault("checkpoint.before_save")
     tensors = {**optimizer.state_pieces(), **_random_state()}
-    _check_finite(tensors)
+    check_finite(tensors)
     name = _name_of(state.step)
     temporary, old = folder / f"{_UNFINISHED}{name}", folder / f"{_OLD}{name}"
     with disk_errors(f"cannot write the checkpoint {folder / name}"):
@@ -360,7 +359,8 @@ def _newest_first(folder: Path) -> list[Path]:
     return sorted((path for path in paths if _NAME.fullmatch(path.name)), reverse=True)
 
 
-def _check_finite(tensors: Mapping[str, Sequence[Tensor]]) -> None:
+def check_finite(tensors: Mapping[str, Sequence[Tensor]]) -> None:
+    """Raise a NonFiniteError if a value is NaN or infinite: no checkpoint holds one."""
     for name, pieces in tensors.items():
         floats = [p for p in pieces if p.is_floating_point() and p.numel()]
         if not all(torch.isfinite(e) for p in floats for e in torch.aminmax(p)):

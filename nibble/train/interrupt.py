@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -28,12 +28,14 @@ class StopSignal:
     """What was asked of a run.
 
     Attributes:
-        name: The signal that asked it to stop, or nothing.
+        name: The signal that asked this process to stop, or nothing.
+        agree: Gives the largest of all ranks' numbers; one process is asked alone.
         standing: What stands of the run, for a person; the run keeps it up to date.
     """
 
     def __init__(self) -> None:
         self.name = ""
+        self.agree: Callable[[float], float] = lambda number: number
         self.standing = "nothing was trained this time"
         self._is_patient = False
         self._within_seconds: float | None = None
@@ -48,10 +50,18 @@ class StopSignal:
         finally:
             self._is_patient = False
 
+    def asked(self) -> bool:
+        """Whether the run is to stop; every rank asks at the same places and hears the same."""
+        number = signal.Signals[self.name].value if self.name else 0
+        agreed = int(self.agree(number))
+        if agreed != number:
+            self.name = signal.Signals(agreed).name
+        return bool(agreed)
+
     def until_asked(self, items: Iterable[Item]) -> Iterator[Item]:
         """The items; raises Asked instead of the next one once the run is asked to stop."""
         for item in items:
-            if self.name:
+            if self.asked():
                 raise Asked
             yield item
 

@@ -15,6 +15,7 @@ from nibble.events import Emit, LoadEnd, WarningRaised
 from nibble.model.ledger import count_parameters, resident_bytes
 from nibble.model.load import load_base
 from nibble.train.build import autocast_of, base_options, equip
+from nibble.train.distributed import ALONE, Ranks
 from nibble.train.loss import token_loss
 from nibble.train.memory import PeakMemory
 from nibble.train.optimizer import AdamW
@@ -35,13 +36,16 @@ class Job:
     autocast: torch.dtype | None
     peak: PeakMemory
     steps: int
+    ranks: Ranks
 
     def token_loss(self, batch: Batch) -> tuple[Tensor, int]:
         """The summed loss of a batch, wherever it is, and the number of its target tokens."""
         return token_loss(self.model, batch.to(self.device), autocast=self.autocast)
 
 
-def build_job(run: RunConfig, out: Path, emit: Emit, dataset: Dataset | None = None) -> Job:
+def build_job(
+    run: RunConfig, out: Path, emit: Emit, dataset: Dataset | None = None, ranks: Ranks = ALONE
+) -> Job:
     """Load, adapt, read the data if need be, make the optimizer; say what is resident."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(run.train.seed)
@@ -60,6 +64,8 @@ def build_job(run: RunConfig, out: Path, emit: Emit, dataset: Dataset | None = N
         batch_size=run.train.batch_size,
         micro_batch_size=int(run.train.micro_batch_size),
         seed=run.train.seed,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
     )
     resident = resident_bytes(model)
     num_trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -85,6 +91,7 @@ def build_job(run: RunConfig, out: Path, emit: Emit, dataset: Dataset | None = N
         autocast=autocast_of(run),
         peak=peak,
         steps=steps,
+        ranks=ranks,
     )
 
 

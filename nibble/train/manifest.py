@@ -52,7 +52,7 @@ def identity_of(run: RunConfig, tokenizer: Any, dataset: Dataset) -> dict[str, s
         }
 
 
-def environment() -> dict[str, str]:
+def environment(world_size: int = 1) -> dict[str, str]:
     """What the bits of a result depend on beside the identity of a run."""
     is_cuda = torch.cuda.is_available()
     return {
@@ -65,7 +65,14 @@ def environment() -> dict[str, str]:
         "threads": str(torch.get_num_threads()),
         "device": torch.cuda.get_device_name() if is_cuda else "cpu",
         "cuda": str(torch.version.cuda) if is_cuda else "none",
+        "ranks": str(world_size),
     }
+
+
+def versions() -> dict[str, str]:
+    """Of the environment, what every rank of a run has to have alike."""
+    now = environment()
+    return {name: now[name] for name in (*_PACKAGES, "code", "python", "cuda")}
 
 
 def write_manifest(out: Path, identity: dict[str, str], environment: dict[str, str]) -> None:

@@ -22,6 +22,14 @@ ROOMY_SHARE = 0.4
 # Source: malloc.h of glibc.
 _M_MMAP_THRESHOLD = -3
 _DENSE_THRESHOLD = 1 << 18
+_CPU_MESSAGE = "DefaultCPUAllocator"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on a CUDA device or on the CPU."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and _CPU_MESSAGE in str(error)
 
 
 class PeakMemory:

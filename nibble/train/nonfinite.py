@@ -30,6 +30,7 @@ def write_report(
     step: int,
     reason: str,
     is_held_out: bool = False,
+    is_written: bool = True,
 ) -> Path:
     """Go through the passes of a step once more, one by one, and write down what each gives.
 
@@ -38,6 +39,7 @@ def write_report(
         step: Its number, from 1; 0 before training.
         is_held_out: Whether they are that; nothing is differentiated then.
         reason: What the step ended with.
+        is_written: False only goes through the passes, as a rank does that does not write.
 
     Raises:
         OSError: If it cannot be written.
@@ -48,7 +50,8 @@ def write_report(
     else:
         values["passes"] = [_pass_report(model, token_loss, batch) for batch in batches]
     path = out / REPORT_FILE
-    replace_file(path, (json.dumps(values, indent=2) + "\n").encode())
+    if is_written:
+        replace_file(path, (json.dumps(values, indent=2) + "\n").encode())
     return path
 
 

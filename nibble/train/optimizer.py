@@ -98,6 +98,10 @@ class AdamW:
         for flat in self._flat:
             flat.grad.zero_()
 
+    def gradients(self) -> list[Tensor]:
+        """The flat gradient of each group; what is written there is what the step sees."""
+        return [flat.grad for flat in self._flat]
+
     def grad_norm(self) -> Tensor:
         """The Euclidean norm of all gradients, a float32 scalar."""
         return torch.cat([_norms_of_stretches(flat.grad) for flat in self._flat]).norm()

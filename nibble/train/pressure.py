@@ -11,17 +11,10 @@ from nibble.config import RunConfig
 from nibble.data.loader import Loader, rows_to_batch
 from nibble.errors import OutOfMemoryError
 from nibble.events import Emit, WarningRaised
+from nibble.train.distributed import ALONE, Ranks
+from nibble.train.memory import is_out_of_memory
 from nibble.train.optimizer import AdamW
-from nibble.train.step import StepResult, TokenLoss, train_step
-
-_CPU_MESSAGE = "DefaultCPUAllocator"
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed, on a CUDA device or on the CPU."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and _CPU_MESSAGE in str(error)
+from nibble.train.step import StepResult, TokenLoss, memory_agreed, train_step
 
 
 @contextmanager
@@ -69,11 +62,13 @@ def step_within_memory(
     lr: float,
     max_grad_norm: float,
     emit: Emit,
+    ranks: Ranks = ALONE,
 ) -> StepResult:
     """One optimizer step; where memory runs out, again with half the rows in a forward pass.
 
     The rows of the step, and so its loss and gradient, stay the same. The loader keeps the smaller
-    number of rows. At one row, or once the optimizer has begun to move, the error goes on.
+    number of rows; that of every rank does, where memory runs out on one. At one row, or once the
+    optimizer has begun to move, the error goes on.
     """
     while True:
         phases: list[str] = []
@@ -85,10 +80,11 @@ def step_within_memory(
                 lr=lr,
                 max_grad_norm=max_grad_norm,
                 on_phase=phases.append,
+                ranks=ranks,
             )
         except (RuntimeError, MemoryError) as error:
-            is_final = loader.micro_batch_size == 1 or phases[-1:] == ["optimizer"]
-            if is_final or not is_out_of_memory(error):
+            is_own = phases[-1:] == ["optimizer"]
+            if _is_final(error, loader, ranks, is_own=is_own):
                 raise
         # Outside of the handler: the error holds on to the tensors of the failed pass.
         _halve(loader, emit)
@@ -101,24 +97,34 @@ def rehearse(
     optimizer: AdamW,
     *,
     emit: Emit,
+    ranks: Ranks = ALONE,
 ) -> None:
     """The largest forward pass of the run and its backward pass, so that memory runs out now.
 
-    Nothing is learnt, and the random state is put back.
+    Nothing is learnt, and the random state is put back. Every rank does the same one.
     """
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     while True:
         ids = loader.largest_pass(num_steps, loader.micro_batch_size)
         batch = rows_to_batch([loader.rows[i] for i in ids], ids)
         try:
-            with torch.random.fork_rng(devices):
+            with torch.random.fork_rng(devices), memory_agreed(ranks):
                 token_loss(batch)[0].backward()
             optimizer.zero_grad()
             return
         except (RuntimeError, MemoryError) as error:
-            if loader.micro_batch_size == 1 or not is_out_of_memory(error):
+            if _is_final(error, loader, ranks, is_own=False):
                 raise
         _halve(loader, emit)
+
+
+def _is_final(error: BaseException, loader: Loader, ranks: Ranks, *, is_own: bool) -> bool:
+    """Whether halving is no way out; `is_own` says that the other ranks do not know of it."""
+    if is_own or not is_out_of_memory(error):
+        return True
+    if loader.micro_batch_size == 1:
+        ranks.end_together()
+    return loader.micro_batch_size == 1
 
 
 def _halve(loader: Loader, emit: Emit) -> None:

@@ -13,7 +13,7 @@ class Reporter:
     """Hands events on, in order, and keeps count for the last of them.
 
     Args:
-        log: The truth about the run.
+        log: The truth about the run; None of a rank that does not write.
         emit: Who listens.
         table: What becomes of steps and evaluations; none before it is known which of them stand.
         seconds: Time of all steps.
@@ -21,7 +21,7 @@ class Reporter:
         peak_memory_bytes: The highest of all steps.
     """
 
-    log: EventLog
+    log: EventLog | None
     emit: Emit
     table: MetricsTable | None = None
     seconds: float = 0.0
@@ -33,6 +33,8 @@ class Reporter:
             self.seconds += event.seconds
             self.tokens += event.tokens
             self.peak_memory_bytes = event.peak_memory_bytes
+        if self.log is None:
+            return
         self.log(event)
         if self.table is not None:
             self.table(event)
@@ -41,6 +43,11 @@ class Reporter:
         except OSError as error:
             # Not of the run's disk: that would be told to free space.
             raise RuntimeError(f"who listens to the run failed: {error}") from error
+
+    def sync(self) -> None:
+        """Flush what was reported to the disk."""
+        if self.log is not None:
+            self.log.sync()
 
     @contextmanager
     def end_told(self) -> Iterator[None]:

@@ -1,7 +1,7 @@
 """What a finished run leaves: an adapter or a model, and its figures."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -13,6 +13,7 @@ from nibble.events import EvalEnd, StepEnd, read_events
 from nibble.train import folder
 from nibble.train.card import run_card
 from nibble.train.checkpoint import TrainState
+from nibble.train.distributed import Ranks
 from nibble.train.job import Job
 
 
@@ -84,3 +85,13 @@ def read_result(out: Path) -> Result:
         peak_memory_bytes=end.peak_memory_bytes,
         tokens_per_s=end.tokens / max(end.seconds, 1e-9),
     )
+
+
+def share_result(out: Path, ranks: Ranks) -> Result:
+    """The result of a finished run, on every rank, as rank 0 reads it."""
+    if ranks.is_alone:
+        return read_result(out)
+    values = asdict(read_result(out)) if ranks.is_first else {}
+    paths = ("out", "adapter")
+    values = ranks.of_first({k: str(v) if k in paths else v for k, v in values.items()})
+    return Result(**{**values, **{key: Path(values[key]) for key in paths}})

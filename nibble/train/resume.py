@@ -2,12 +2,14 @@
 
 from collections.abc import Collection
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 
 from nibble.errors import FolderInUseError, UsageError
 from nibble.events import Emit, MetricsTable, StepEnd, WarningRaised, last_attempts, read_events
 from nibble.train import checkpoint, folder
 from nibble.train.checkpoint import TrainState
+from nibble.train.distributed import Ranks
 from nibble.train.manifest import differences, listed
 from nibble.train.optimizer import AdamW
 
@@ -83,3 +85,10 @@ def standing_table(out: Path, step: int, emit: Emit) -> MetricsTable:
             )
         )
     return MetricsTable(path, standing)
+
+
+def share_state(state: TrainState, optimizer: AdamW, ranks: Ranks) -> TrainState:
+    """Where rank 0 stands, on every rank, with its trained values and moments in `optimizer`."""
+    values, optimizer.num_steps = ranks.of_first([asdict(state), optimizer.num_steps])
+    ranks.copy_first(piece for pieces in optimizer.state_pieces().values() for piece in pieces)
+    return state if ranks.is_first else TrainState(**values)
