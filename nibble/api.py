@@ -75,7 +75,7 @@ def train_held(
         ranks.check_same({**given, **changes}, DataError, "configs")
         plan, dataset = None, None
         if ranks.is_first:
-            run, plan, dataset = _planned(run, anyway=anyway)
+            run, plan, dataset = _planned(run, ranks, anyway=anyway)
         run = _as_first(run, ranks)
         return trainer.train(
             run, emit, plan=plan, dataset=dataset, allow_change=allow_change, ranks=ranks
@@ -83,7 +83,7 @@ def train_held(
 
 
 def _planned(
-    run: RunConfig, *, anyway: bool
+    run: RunConfig, ranks: Ranks, *, anyway: bool
 ) -> tuple[RunConfig, dict[str, Any] | None, Dataset | None]:
     """The run with concrete values; the plan and the data set, where it had to be planned."""
     out = folder.folder_of(run)
@@ -95,7 +95,8 @@ def _planned(
         if not open_keys(kept) and is_planned:
             return kept, None, None
     made, dataset = make_plan(run)
-    if not made.fits and not anyway:
+    num_shards = ranks.world_size if run.train.shard else 1
+    if not (made.fits or made.fits_in_shards(num_shards) or anyway):
         raise made.error()
     return concrete(run, made.settings), made.to_dict(), dataset
 

@@ -49,7 +49,10 @@ def _field(default: Any, memory: str = "", **limits: Any) -> Any:
 
 
 # The keys, or sections of them, that a method does not read.
-_UNUSED_BY = {"lora": ("quant.",), "full": ("quant.", "lora.", "optim.lora_plus_ratio")}
+_UNUSED_BY = {
+    "lora": ("quant.",),
+    "full": ("quant.", "lora.", "optim.lora_plus_ratio", "train.shard"),
+}
 
 
 class Section(BaseModel):
@@ -156,6 +159,8 @@ class TrainConfig(Section):
     """Activations that are computed again in the backward pass instead of kept."""
     exactness: Literal["default", "exact"] = _field("default")
     """exact allows deterministic operations only."""
+    shard: bool = _field(False, "of several devices each keeps its part of the base")
+    """Cut the frozen base over the devices of a run; each layer is gathered when it is used."""
     seed: int = _field(0, ge=0, lt=2**63)
     """Seed of the adapters, the order of rows and dropout."""
     eval_every: Annotated[int, Field(ge=1)] | None = _field(None)

@@ -73,6 +73,7 @@ KEYS = {
     "train.recompute": ("full selective", "forwards", {}),
     "train.exactness": ("exact", "is_deterministic", {}),
     "train.seed": ("1", "tokens", {}),
+    "train.shard": ("true", "warnings", {}),
     "train.eval_every": ("1", "evals", HELD_OUT),
     "train.save_every": ("1", "saves", {}),
     "train.stop_within": ("7s", "patience", {}),

@@ -58,6 +58,8 @@ class Loader:
         seed: Of the order.
         rank: Of this process, from 0.
         world_size: Number of processes.
+        is_even: Every rank has as many batches in a step as the one with the most; those that fill
+            up are of the step's first row, and of no row by their `row_ids`.
 
     Raises:
         ValueError: No rows, a size below 1, or a rank outside the world.
@@ -72,6 +74,7 @@ class Loader:
         seed: int,
         rank: int = 0,
         world_size: int = 1,
+        is_even: bool = False,
     ) -> None:
         if not rows:
             raise ValueError("a loader needs at least one row")
@@ -83,6 +86,7 @@ class Loader:
         self.seed = seed
         self.rank = rank
         self.world_size = world_size
+        self.is_even = is_even
         self._permutation: tuple[int, list[int]] = (-1, [])
 
     @property
@@ -105,7 +109,17 @@ class Loader:
 
     def micro_batches(self, step: int) -> list[Batch]:
         """This rank's batches of a step; none where the step has fewer rows than ranks."""
-        return self._batches_of(self.rank, step)
+        batches = self._batches_of(self.rank, step)
+        if not self.is_even:
+            return batches
+        ids = self.row_ids(step)
+        most_rows = -(-len(ids) // self.world_size)
+        num_missing = -(-most_rows // self.micro_batch_size) - len(batches)
+        return batches + [self._blank(ids[0])] * num_missing
+
+    def _blank(self, row: int) -> Batch:
+        """A pass that counts nothing."""
+        return replace(rows_to_batch([self.rows[row]], []), num_target_tokens=0)
 
     def all_batches(self, step: int) -> Iterator[Batch]:
         """The batches of every rank of a step, one rank after the other."""

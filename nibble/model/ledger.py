@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from nibble.model.experts import ExpertWeight
 from nibble.model.host_embedding import HostEmbedding
 from nibble.model.linear4bit import Linear4bit
+from nibble.model.sharding import own_part
 
 # Parts of a 4-bit weight: attribute -> name in the ledger.
 _PARTS = {
@@ -56,10 +57,10 @@ def stored_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for name, module in model.named_modules():
         own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
         for key, tensor in own:
-            storage = tensor.untyped_storage()
+            storage = own_part(tensor).untyped_storage()
             if storage.nbytes() and storage._cdata not in seen:
                 seen.add(storage._cdata)
-                yield _kind(model, name, key, tensor), tensor
+                yield _kind(model, name, key, tensor), own_part(tensor)
 
 
 def _kind(model: nn.Module, name: str, key: str, tensor: Tensor) -> str:

@@ -29,7 +29,7 @@ from nibble.plan.forecast import CORRECTION, Forecast
 from nibble.plan.presets import preset_config, preset_names, preset_short_names
 from nibble.plan.rows import Rows, full_rows, rows_of
 from nibble.plan.tracker import MOST_EXPERTS
-from nibble.plan.watch import ADAPTERS, GRADIENTS, MOMENTS
+from nibble.plan.watch import ADAPTERS, BASE_4BIT, BASE_DENSE, GRADIENTS, MOMENTS
 from nibble.train.checkpoint import most_at_once
 from nibble.train.history import read_history, summary
 from nibble.train.memory import available_bytes
@@ -111,6 +111,14 @@ class Plan:
         """The plan as plain values."""
         return asdict(self)
 
+    def fits_in_shards(self, count: int) -> bool:
+        """Whether the run fits on each of `count` devices that keep a part of the layers each.
+
+        The layers that are whole while they work are not counted.
+        """
+        layers = sum(self.parts.get(part, 0) for part in (BASE_4BIT, BASE_DENSE))
+        return self.needed_bytes - (1 - 1 / count) * layers <= self.budget_bytes
+
     def error(self) -> DoesNotFitError:
         """What a run that does not fit is refused with."""
         return DoesNotFitError(
@@ -188,7 +196,10 @@ def _notes(question: Question, *, has_data: bool) -> Iterator[str]:
         yield "The data was not read: that needs the folder of the model with its tokenizer."
     if question.device.count > 1:
         count = question.device.count
-        yield f"A run uses one device; {count} runs can go side by side on {count}."
+        yield (
+            f"The plan is of one device; {count} runs can go side by side on {count}, or one on "
+            f"all: `nibble train --devices {count}`."
+        )
 
 
 def model_values(run: RunConfig) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from nibble.model.load import build_storage
 from nibble.model.place import Storage
 from nibble.model.read_rows import use_read_rows
 from nibble.model.recompute import apply_recompute
+from nibble.model.sharding import shard
 from nibble.train.optimizer import AdamW, build_optimizer
 
 
@@ -43,8 +44,12 @@ def autocast_of(run: RunConfig) -> torch.dtype | None:
     return torch.bfloat16 if is_mixed else None
 
 
-def equip(model: nn.Module, run: RunConfig) -> AdamW:
-    """Adapt a base in place, set its recompute policy, and make its optimizer."""
+def equip(model: nn.Module, run: RunConfig, shard_on: torch.device | None = None) -> AdamW:
+    """Adapt a base in place, set its recompute policy, and make its optimizer.
+
+    Args:
+        shard_on: Where the parts of a base go that is cut over the ranks; None leaves it whole.
+    """
     if run.method != "full":
         adapt(
             model,
@@ -55,4 +60,6 @@ def equip(model: nn.Module, run: RunConfig) -> AdamW:
         use_lean_layers(model)
     use_read_rows(model)
     apply_recompute(model, run.train.recompute)
+    if shard_on is not None:
+        shard(model, shard_on)
     return build_optimizer(model, run.optim)

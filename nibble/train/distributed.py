@@ -40,10 +40,18 @@ _c10d: Any = dist
 
 @dataclass
 class Bond:
-    """What ties a rank to the others: their store, their pulse, and whether they end together."""
+    """What ties a rank to the others.
+
+    Args:
+        store: Where they leave word.
+        pulse: Whether they are alive.
+        has_shards: Whether a pass of one needs all of them.
+        is_agreed: Whether they end together.
+    """
 
     store: Any
     pulse: Pulse
+    has_shards: bool = False
     is_agreed: bool = False
 
 
@@ -69,6 +77,16 @@ class Ranks:
     @property
     def is_alone(self) -> bool:
         return self.bond is None
+
+    @property
+    def has_shards(self) -> bool:
+        """Whether every rank needs the others for a pass: what ends one of them ends all."""
+        return self.bond is not None and self.bond.has_shards
+
+    def cut_base(self) -> None:
+        """From here on no rank has the whole base."""
+        if self.bond is not None:
+            self.bond.has_shards = True
 
     def sums(self, values: Sequence[float]) -> list[float]:
         """Each value summed over all ranks, in float64."""

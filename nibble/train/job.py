@@ -51,13 +51,18 @@ def build_job(
     torch.manual_seed(run.train.seed)
     peak = PeakMemory(device)
     start = time.monotonic()
+    is_sharded = run.train.shard and run.method != "full" and not ranks.is_alone
+    # A base that is cut may be larger than a device: it is made in host memory.
+    place = torch.device("cpu") if is_sharded else device
     model, tokenizer = load_base(
-        run.model.name, revision=run.model.revision, device=device, **base_options(run)
+        run.model.name, revision=run.model.revision, device=place, **base_options(run)
     )
-    optimizer = equip(model, run)
+    optimizer = equip(model, run, device if is_sharded else None)
+    if is_sharded:
+        ranks.cut_base()
     seconds = time.monotonic() - start
     dataset = dataset or build_dataset(run.data, tokenizer, seed=run.train.seed)
-    for warning in [*_unused(run), *dataset.warnings]:
+    for warning in [*_unused(run, ranks), *dataset.warnings]:
         emit(WarningRaised(warning))
     loader = Loader(
         dataset.train,
@@ -66,6 +71,7 @@ def build_job(
         seed=run.train.seed,
         rank=ranks.rank,
         world_size=ranks.world_size,
+        is_even=is_sharded,
     )
     resident = resident_bytes(model)
     num_trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -95,12 +101,12 @@ def build_job(
     )
 
 
-def _unused(run: RunConfig) -> list[str]:
+def _unused(run: RunConfig, ranks: Ranks) -> list[str]:
     beside = {"train.epochs": "train.steps"}
-    return [
-        f"{key} does nothing with {beside.get(key, f'method={run.method}')}"
-        for key in unused_keys(run)
-    ]
+    unused = {key: beside.get(key, f"method={run.method}") for key in unused_keys(run)}
+    if run.train.shard and ranks.is_alone:
+        unused.setdefault("train.shard", "one device: see `nibble train --devices`")
+    return [f"{key} does nothing with {reason}" for key, reason in unused.items()]
 
 
 def open_keys(run: RunConfig) -> list[str]:

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from nibble.data.loader import Batch
 from nibble.kernels.cross_entropy import IGNORED, head_cross_entropy, head_metrics
 from nibble.model.families import head_of, hidden_states
+from nibble.model.sharding import within
 
 
 def token_loss(
@@ -24,12 +25,7 @@ def token_loss(
     Returns:
         A float32 scalar to call backward on, and `batch.num_target_tokens`.
     """
-    hidden_TD, weight_VD, labels_T = _head_inputs(model, batch, autocast)
-    head = head_of(model)
-    loss_sum = head_cross_entropy(
-        hidden_TD, weight_VD, labels_T, softcap=head.softcap, logit_scale=head.logit_scale
-    )
-    return loss_sum, batch.num_target_tokens
+    return within(model, _summed_loss, batch, autocast), batch.num_target_tokens
 
 
 @torch.no_grad()
@@ -37,12 +33,24 @@ def token_metrics(
     model: nn.Module, batch: Batch, *, autocast: torch.dtype | None = None
 ) -> tuple[float, int, int]:
     """Summed cross-entropy, number of targets predicted exactly, number of targets."""
+    loss_sum, num_correct = within(model, _metrics, batch, autocast)
+    return float(loss_sum), int(num_correct), batch.num_target_tokens
+
+
+def _summed_loss(model: nn.Module, batch: Batch, autocast: torch.dtype | None) -> Tensor:
     hidden_TD, weight_VD, labels_T = _head_inputs(model, batch, autocast)
     head = head_of(model)
-    loss_sum, num_correct = head_metrics(
+    return head_cross_entropy(
         hidden_TD, weight_VD, labels_T, softcap=head.softcap, logit_scale=head.logit_scale
     )
-    return float(loss_sum), int(num_correct), batch.num_target_tokens
+
+
+def _metrics(model: nn.Module, batch: Batch, autocast: torch.dtype | None) -> tuple[Tensor, Tensor]:
+    hidden_TD, weight_VD, labels_T = _head_inputs(model, batch, autocast)
+    head = head_of(model)
+    return head_metrics(
+        hidden_TD, weight_VD, labels_T, softcap=head.softcap, logit_scale=head.logit_scale
+    )
 
 
 def _head_inputs(

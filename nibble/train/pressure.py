@@ -83,7 +83,7 @@ def step_within_memory(
                 ranks=ranks,
             )
         except (RuntimeError, MemoryError) as error:
-            is_own = phases[-1:] == ["optimizer"]
+            is_own = phases[-1:] == ["optimizer"] or ranks.has_shards
             if _is_final(error, loader, ranks, is_own=is_own):
                 raise
         # Outside of the handler: the error holds on to the tensors of the failed pass.
@@ -113,7 +113,7 @@ def rehearse(
             optimizer.zero_grad()
             return
         except (RuntimeError, MemoryError) as error:
-            if _is_final(error, loader, ranks, is_own=False):
+            if _is_final(error, loader, ranks, is_own=ranks.has_shards):
                 raise
         _halve(loader, emit)
 

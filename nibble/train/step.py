@@ -44,7 +44,8 @@ def train_step(
     batch however the rows are split: into passes, or over ranks, whose gradients are added up.
 
     Args:
-        micro_batches: Those of this rank; none where the step has fewer rows than ranks.
+        micro_batches: Those of this rank; none where the step has fewer rows than ranks. One of
+            no row, by its `row_ids`, counts nothing.
         on_phase: Told when "forward", "backward" and "optimizer" begin.
 
     Raises:
@@ -56,7 +57,7 @@ def train_step(
     optimizer.zero_grad()
     with memory_agreed(ranks):
         own_loss, broken = _accumulate(token_loss, micro_batches, num_target_tokens, on_phase)
-    own_tokens = sum(batch.input_ids.numel() for batch in micro_batches)
+    own_tokens = sum(batch.input_ids.numel() for batch in micro_batches if batch.row_ids)
     total, tokens = ranks.sums([own_loss, own_tokens])
     if not math.isfinite(total):
         raise _not_finite("loss", total, broken, ranks)
@@ -82,7 +83,7 @@ def _accumulate(
     for batch in micro_batches:
         on_phase("forward")
         loss_sum, _ = token_loss(batch)
-        loss = loss_sum / max(1, num_target_tokens)
+        loss = loss_sum / max(1, num_target_tokens) if batch.row_ids else loss_sum * 0.0
         on_phase("backward")
         loss.backward()
         total += float(loss.detach())
@@ -95,10 +96,12 @@ def _accumulate(
 def memory_agreed(ranks: Ranks) -> Iterator[None]:
     """Where the memory of one rank runs out within the block, every rank ends it with an error.
 
+    Where each needs the others within the block, they cannot: the run ends.
+
     Raises:
         MemoryError: On the others.
     """
-    if ranks.is_alone:
+    if ranks.is_alone or ranks.has_shards:
         yield
         return
     try:

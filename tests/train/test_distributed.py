@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from nibble.errors import DataError
-from nibble.events import EvalEnd, StepEnd, WarningRaised, read_events
+from nibble.events import EvalEnd, LoadEnd, StepEnd, WarningRaised, read_events
 from nibble.model.tensors import read_entries
 from nibble.train.distributed import ALONE, Ranks, joined
 
@@ -131,6 +131,12 @@ def _largest_difference(a, b):
     return max(abs(x - y) / abs(x) for x, y in zip(a, b, strict=True))
 
 
+def _base_bytes(event):
+    """Bytes of the frozen weights; tables of rotations are made, not loaded."""
+    others = ("adapters", "tables")
+    return sum(size for kind, size in event.resident_bytes.items() if not kind.endswith(others))
+
+
 @pytest.fixture(scope="module")
 def runs(tiny_model_folder, tmp_path_factory):
     return Runs(tmp_path_factory.mktemp("ranks"), tiny_model_folder)
@@ -152,13 +158,19 @@ def alone(runs):
 
 @pytest.mark.parametrize("num_ranks", [2, 4])
 @pytest.mark.parametrize("method", ["lora", "qlora"])
-def test_the_losses_are_those_of_one_process(runs, alone, method, num_ranks):
-    name, whole = f"{method}-{num_ranks}", alone(method)
-    assert runs.run(name, num_ranks, f"method={method}")[0] == [0] * num_ranks
+@pytest.mark.parametrize("is_cut", [False, True], ids=["whole", "shards"])
+def test_the_losses_are_those_of_one_process(runs, alone, is_cut, method, num_ranks):
+    name, whole = f"{method}-{num_ranks}-{is_cut}", alone(method)
+    more = (f"method={method}", f"train.shard={str(is_cut).lower()}")
+    assert runs.run(name, num_ranks, *more)[0] == [0] * num_ranks
     assert _largest_difference(runs.losses(whole), runs.losses(name)) <= 1e-6
     assert runs.files(name) == runs.files(whole)
     tokens = [event.tokens for event in runs.events(name, StepEnd)]
     assert tokens == [event.tokens for event in runs.events(whole, StepEnd)]
+    (own,), (all_bytes,) = (runs.events(each, LoadEnd) for each in (name, whole))
+    assert _base_bytes(own) == pytest.approx(
+        _base_bytes(all_bytes) / (num_ranks if is_cut else 1), rel=0.02
+    )
 
 
 def test_more_ranks_than_rows_in_a_step(runs):
@@ -214,6 +226,20 @@ def test_a_loss_that_is_none_on_one_rank_stops_all_at_the_same_step(runs):
     own = runs.said("nan", 0).splitlines()[0].partition(" ")[2]
     assert own == runs.said("nan", 1).splitlines()[0].partition(" ")[2]
     assert "step-00000006" not in {p.name for p in (runs.folder / "nan/checkpoints").iterdir()}
+
+
+def test_a_base_in_shards_is_continued_and_its_ranks_stop_alike(runs):
+    more = ("train.shard=true", *DROPOUT)
+    assert runs.run("cut", 2, *more)[0] == [0, 0]
+    assert runs.run("cut-stopped", 2, *more, mishap=("SIGTERM", 8))[0] == [75, 75]
+    assert runs.run("cut-stopped", 2, *more)[0] == [0, 0]
+    assert runs.results("cut-stopped") == runs.results("cut")
+    assert runs.run("cut-nan", 2, *more, mishap=("nan", 5))[0] == [76, 76]
+    report = json.loads((runs.folder / "cut-nan" / "nonfinite.json").read_text())
+    assert len(report["passes"]) == 4
+    codes, seconds = runs.run("cut-short", 2, *more, mishap=("no memory", 5))
+    assert codes == [75, 77]
+    assert seconds < LONGEST_SECONDS
 
 
 def test_short_memory_on_one_rank_halves_the_passes_of_all(runs, alone):
