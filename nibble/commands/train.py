@@ -59,8 +59,10 @@ def train(
     with stop_signals(), folder.hold(target) if is_first else nullcontext():
         with quick_imports():
             from nibble import api
-        with progress.TrainingBar() if is_first else nullcontext(progress.no_bar) as bar:
-            result = api.train_held(run, bar, anyway=anyway, allow_change=allow_change or ())
+        bar = progress.TrainingBar()
+        with bar if is_first else nullcontext():
+            emit = bar if is_first else progress.no_bar
+            result = api.train_held(run, emit, anyway=anyway, allow_change=allow_change or ())
     if not is_first:
         return
     if not bar.has_begun:
