@@ -108,6 +108,7 @@ VALUES = [
     ("train.save_every", f"{INTEGER} or {TIME}", ["10x", "10 min", "0s", "1.5h", "h", "1:30"]),
     ("train.save_every", f"{INTEGER} or {TIME}", ["null", "true", "2.5", "[1]"]),
     ("train.save_every", f"{at_least(1)} or {TIME}", ["0", "-5"]),
+    ("train.shard", BOOL, ["off", "1"]),
     ("train.stop_within", f"input should be {TIME}", ["25", "25sec", "-1s", "null", "9999999h"]),
     ("optim.name", "input should be 'adamw' or 'adamw8bit'", ["sgd", "null"]),
     ("optim.paged", f"{BOOL} or 'auto'", ["yes", "1", "null"]),

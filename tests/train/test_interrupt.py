@@ -19,6 +19,13 @@ KINDS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def not_under_nohup():
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 def _send(*numbers):
     for number in numbers:
         os.kill(os.getpid(), number)

@@ -32,7 +32,7 @@ from nibble.events import (
     WarningRaised,
     read_events,
 )
-from nibble.train import checkpoint, evaluate, optimizer, trainer
+from nibble.train import checkpoint, course, evaluate, optimizer, trainer
 from nibble.train import folder as folder_of_run
 from nibble.train.replay import replay
 
@@ -288,14 +288,14 @@ def _saves(out):
 
 def test_the_best_is_saved_where_that_is_cheap(tiny_model_folder, data, tmp_path, monkeypatch):
     """Every step is the best yet; of a long interval only the end must be saved."""
-    monkeypatch.setattr(trainer, "evaluate", _better_every_time)
+    monkeypatch.setattr(course, "evaluate", _better_every_time)
     settings = ("train.steps=6", "train.eval_every=1")
     for name, share, every, expected in (
         ("cheap", 0, "1h", [1, 2, 3, 4, 5, 6]),
         ("dear", 1e9, "1h", [1, 6]),
         ("asked for", 1e9, 100, [1, 2, 3, 4, 5, 6]),
     ):
-        monkeypatch.setattr(trainer, "SAVE_PAYS_AFTER", share)
+        monkeypatch.setattr(course, "SAVE_PAYS_AFTER", share)
         run = _run(tiny_model_folder("llama"), data, tmp_path / name, *settings)
         nibble.train(run.with_values({"train.save_every": every}, "flag"))
         assert _saves(tmp_path / name) == expected, name
