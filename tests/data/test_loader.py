@@ -118,3 +118,19 @@ def test_impossible_sizes_are_refused(changes):
 def test_no_rows_are_refused():
     with pytest.raises(ValueError, match="at least one row"):
         make_loader([])
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 30), st.integers(1, 20), st.integers(1, 5), st.integers(0, 5))
+def test_even_ranks_make_as_many_passes_and_the_same_rows(num_rows, batch_size, world_size, step):
+    rows, sizes = make_rows(num_rows), {"batch_size": batch_size, "world_size": world_size}
+    loaders = [make_loader(rows, rank=rank, is_even=True, **sizes) for rank in range(world_size)]
+    batches = [loader.micro_batches(step) for loader in loaders]
+    assert len({len(own) for own in batches}) == 1
+    for loader, own in zip(loaders, batches, strict=True):
+        blanks = [batch for batch in own if not batch.row_ids]
+        assert all(b.num_target_tokens == 0 and b.input_ids.numel() for b in blanks)
+        expected = make_loader(rows, rank=loader.rank, **sizes).micro_batches(step)
+        assert [b.row_ids for b in own if b.row_ids] == [b.row_ids for b in expected]
+    all_ids = [i for batch in loaders[0].all_batches(step) for i in batch.row_ids]
+    assert sorted(all_ids) == sorted(loaders[0].row_ids(step))

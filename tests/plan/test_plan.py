@@ -147,6 +147,14 @@ class TestData:
         peak = max(size for phase, size in plan.phases.items() if phase != "merge")
         assert sum(plan.parts.values()) == peak <= plan.peak_memory_bytes
 
+    def test_parts_of_the_layers_may_fit_where_the_whole_does_not(self, planned):
+        _, plan, _ = planned
+        layers = plan.parts["base in 16 bits"]
+        short = replace(plan, budget_bytes=plan.needed_bytes - layers // 2)
+        assert not short.fits_in_shards(1)
+        assert short.fits_in_shards(2)
+        assert not replace(short, budget_bytes=short.budget_bytes - layers).fits_in_shards(64)
+
     def test_it_is_plain_values(self, planned):
         _, plan, _ = planned
         values = plan.to_dict()

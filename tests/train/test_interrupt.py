@@ -144,3 +144,12 @@ def test_sigint_is_waited_for_as_long_as_it_takes():
         "        time.sleep(0.5)"
     )
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_what_another_rank_was_asked_is_heard():
+    with stop_signals() as stop, stop.patience(60):
+        stop.agree = lambda number: max(number, signal.SIGTERM)
+        assert not stop.name
+        assert stop.asked()
+        assert stop.name == "SIGTERM"
+    assert isinstance(stop.error(), StoppedError)
