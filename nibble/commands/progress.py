@@ -75,10 +75,6 @@ class TrainingBar:
             self._console.print(f"step {event.step} of {self._steps}: {numbers}")
 
 
-def no_bar(event: Event) -> None:
-    """Show nothing of a run: another process of it does."""
-
-
 @contextmanager
 def working(what: str) -> Iterator[None]:
     """Show that something goes on; nothing where stderr is no terminal."""

@@ -61,8 +61,7 @@ def train(
             from nibble import api
         bar = progress.TrainingBar()
         with bar if is_first else nullcontext():
-            emit = bar if is_first else progress.no_bar
-            result = api.train_held(run, emit, anyway=anyway, allow_change=allow_change or ())
+            result = api.train_held(run, bar, anyway=anyway, allow_change=allow_change or ())
     if not is_first:
         return
     if not bar.has_begun:

@@ -7,19 +7,16 @@
 What a run measures is its own then: its peak of memory, its time from start to end.
 """
 
-import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from nibble.config import RunConfig
 from nibble.disk import replace_file
-from nibble.errors import StoppedError
 from nibble.train import folder
 
 # Of a log that is searched for the reason of a failure.
@@ -60,26 +57,13 @@ class Ended:
     seconds: float
     fix: str = ""
 
-    @property
-    def is_finished(self) -> bool:
-        """Whether the run did all its steps."""
-        return self.exit_code == 0
 
-    @property
-    def is_resumable(self) -> bool:
-        """Whether it was stopped, and goes on when it is started again."""
-        return self.exit_code == StoppedError.exit_code or self.exit_code < 0
-
-
-def start(
-    run: RunConfig, place: Path, name: str, *, environment: Mapping[str, str] | None = None
-) -> Started:
+def start(run: RunConfig, place: Path, name: str) -> Started:
     """Start `nibble train`, or continue what stands in its folder.
 
     Args:
         place: The folder for this and other runs; it is there.
         name: Of the run among them.
-        environment: Variables beside those of this process, such as CUDA_VISIBLE_DEVICES.
 
     Raises:
         OSError: If its config or log cannot be written.
@@ -93,7 +77,6 @@ def start(
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=file,
-            env={**os.environ, **(environment or {})},
             # Ctrl-C in the terminal is for whoever started the runs: that stops them in order.
             start_new_session=True,
         )
@@ -108,18 +91,6 @@ def ended(started: Started) -> Ended | None:
     seconds = time.monotonic() - started.since
     reason, fix = ("", "") if code == 0 else _reason_and_fix(started.log, code)
     return Ended(code, reason, seconds, fix)
-
-
-def wait(started: Started) -> Ended:
-    """How a run ended, once it has; a run that is left waiting is stopped."""
-    try:
-        started.process.wait()
-    except BaseException:
-        stop(started)
-        raise
-    found = ended(started)
-    assert found is not None, "the process was waited for"
-    return found
 
 
 def stop(started: Started) -> None:

@@ -40,7 +40,7 @@ def runs(monkeypatch):
     ends: dict[str, tuple[str, int]] = {}
     started: list[tuple[str, object]] = []
 
-    def start(run, place, name, *, environment=None):
+    def start(run, place, name):
         started.append((name, run))
         said, code = ends.get(name, ("", 0))
         (place / name).mkdir(exist_ok=True)

@@ -148,3 +148,10 @@ def test_a_library_without_the_switch_says_no(monkeypatch, error):
 
     monkeypatch.setattr(memory.ctypes, "CDLL", load)
     assert memory.keep_heap_dense() is False
+
+
+def test_a_run_is_roomy_up_to_its_share_of_the_free_memory(monkeypatch):
+    monkeypatch.setattr(memory, "available_bytes", lambda device: 1000)
+    most = round(1000 * memory.ROOMY_SHARE)
+    assert memory.is_roomy(most)
+    assert not memory.is_roomy(most + 1)
