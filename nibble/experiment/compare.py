@@ -257,7 +257,8 @@ def _check_place(comparison: Comparison, place: Path) -> None:
                 f"{place} holds something else ({', '.join(content[:3])})",
                 fix="choose another --out or empty the folder",
             )
-    else:
+    # Before a run has saved anything, a wrong path can be corrected.
+    elif any(folder.has_begun(run) for run in place.iterdir() if run.is_dir()):
         changed = _differences(_read_json(path), now)
         if changed:
             raise FolderInUseError(

@@ -68,7 +68,8 @@ def _facts(report: Report) -> Iterator[tuple[str, str]]:
         yield (
             "work",
             f"{started.steps:,} steps of {report.run.train.batch_size} rows; "
-            f"{started.num_train_rows:,} rows to train on, {started.num_eval_rows:,} held out",
+            f"{counted(started.num_train_rows, 'row')} to train on, "
+            f"{started.num_eval_rows:,} held out",
         )
     yield "seeds", ", ".join(map(str, report.seeds))
     yield "settings", _settings(report.settings) or "the defaults"

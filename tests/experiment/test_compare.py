@@ -212,6 +212,19 @@ class TestPlace:
         assert change.rpartition(":")[2].partition("=")[0] in str(refused.value)
         assert (tmp_path / "out" / "compare.json").read_bytes() == before
 
+    def test_before_anything_was_trained_a_wrong_path_can_be_corrected(
+        self, read, rows, runs, tmp_path
+    ):
+        runs[0].update({"lora-seed0": ("", 65), "qlora-seed0": ("", 65)})
+        wrong = read("data.train=wrong.jsonl", num_seeds=1, methods=["lora", "qlora"])
+        go(wrong, tmp_path / "out")
+        runs[0].clear()
+        assert go(read(num_seeds=1, methods=["lora"]), tmp_path / "out")["lora", 0].is_finished
+        both = go(read(num_seeds=1, methods=["lora", "qlora"]), tmp_path / "out")
+        assert both["qlora", 0].is_finished
+        with pytest.raises(FolderInUseError, match=r"data\.train"):
+            go(wrong, tmp_path / "out")
+
     def test_other_data_in_the_same_file_is_refused(self, read, rows, runs, tmp_path):
         go(read(num_seeds=1), tmp_path / "out")
         rows.write_text('{"prompt": "c", "completion": "d"}\n')
