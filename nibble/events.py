@@ -194,16 +194,23 @@ def read_events(path: Path) -> Iterator[Event]:
     """The events of a log; torn lines, unknown events and wrong values are passed over."""
     with path.open(encoding="utf-8", errors="replace") as lines:
         for line in lines:
-            try:
-                record = json.loads(line)
-                kind = _BY_NAME[record["event"]]
-                known = _FIELDS[kind]
-                values = {key: value for key, value in record.items() if key in known}
-                event = kind(**values)
-            except (ValueError, KeyError, TypeError, RecursionError):
-                continue
-            if all(type(value) in known[key] for key, value in values.items()):
+            event = parse_event(line)
+            if event is not None:
                 yield event
+
+
+def parse_event(line: str) -> Event | None:
+    """The event in a line of a log; None where it is torn, unknown or has wrong values."""
+    try:
+        record = json.loads(line)
+        kind = _BY_NAME[record["event"]]
+        known = _FIELDS[kind]
+        values = {key: value for key, value in record.items() if key in known}
+        event = kind(**values)
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    is_right = all(type(value) in known[key] for key, value in values.items())
+    return event if is_right else None
 
 
 METRICS_COLUMNS: tuple[str, ...] = (

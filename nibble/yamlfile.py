@@ -44,10 +44,7 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
         UsageError: If the file is no YAML mapping, or a key stands twice.
         DiskError: If the file cannot be read.
     """
-    try:
-        values, lines = _parse(_text(path))
-    except _Refused as error:
-        raise UsageError(f"{path}:{error.line}: {error}", fix=error.fix) from None
+    values, lines = _parsed(path)
     if values is None:
         return {}, {}
     if not isinstance(values, dict):
@@ -56,6 +53,29 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
             fix="write a section, such as `optim:`, and its keys below it",
         )
     return values, lines
+
+
+def read_list(path: Path) -> list[Any]:
+    """The list in a YAML file; nothing where the file is empty.
+
+    Raises:
+        UsageError: If the file is no YAML list.
+        DiskError: If the file cannot be read.
+    """
+    values, _ = _parsed(path)
+    if values is not None and not isinstance(values, list):
+        raise UsageError(
+            f"{path}:1: holds {type(values).__name__}, expected a list",
+            fix="begin each item with `- `",
+        )
+    return values or []
+
+
+def _parsed(path: Path) -> tuple[Any, dict[str, int]]:
+    try:
+        return _parse(_text(path))
+    except _Refused as error:
+        raise UsageError(f"{path}:{error.line}: {error}", fix=error.fix) from None
 
 
 def parse_value(text: str) -> Any:

@@ -8,7 +8,19 @@ from contextlib import suppress
 
 import typer
 
-from nibble.commands import chat, compare, config, data, demo, doctor, evaluate, plan, replay, train
+from nibble.commands import (
+    chat,
+    compare,
+    config,
+    data,
+    demo,
+    doctor,
+    evaluate,
+    plan,
+    replay,
+    sweep,
+    train,
+)
 from nibble.environment import wait_passively
 from nibble.errors import DiskError, NibbleError, RunInterrupted
 
@@ -23,6 +35,7 @@ app.command("demo")(demo.demo)
 app.command("plan")(plan.plan)
 app.command("train")(train.train)
 app.command("replay")(replay.replay)
+app.command("sweep")(sweep.sweep)
 app.command("eval")(evaluate.evaluate)
 app.command("compare")(compare.compare)
 app.command("chat")(chat.chat)

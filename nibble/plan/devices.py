@@ -319,16 +319,19 @@ def _this_machine() -> Device:
         return _cpu()
     names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     memory = torch.cuda.mem_get_info(0)[1]
-    count = names.count(names[0])
-    alike = _of_memory(_named(names[0]), memory)
     major, minor = torch.cuda.get_device_capability(0)
-    unknown = replace(_unknown_gpu(names[0], memory, count), capability=f"{major}.{minor}")
     return replace(
-        alike[0] if len(alike) == 1 else unknown,
-        memory_bytes=memory,
-        count=count,
+        card(names[0], memory, f"{major}.{minor}"),
+        count=names.count(names[0]),
         host_memory_bytes=psutil.virtual_memory().total,
     )
+
+
+def card(name: str, memory_bytes: int, capability: str) -> Device:
+    """A card as CUDA names it, with the rates of the table where it is in there."""
+    alike = _of_memory(_named(name), memory_bytes)
+    unknown = replace(_unknown_gpu(name, memory_bytes, 1), capability=capability)
+    return replace(alike[0] if len(alike) == 1 else unknown, memory_bytes=memory_bytes)
 
 
 def _cpu() -> Device:

@@ -42,8 +42,8 @@ class StopSignal:
         self._timer: threading.Timer | None = None
 
     @contextmanager
-    def patience(self, within_seconds: float) -> Iterator[None]:
-        """Within the block the first signal waits for the step at work, so long at most."""
+    def patience(self, within_seconds: float | None = None) -> Iterator[None]:
+        """Within the block the first signal waits for what is at work, so long at most."""
         self._is_patient, self._within_seconds = True, within_seconds
         try:
             yield
