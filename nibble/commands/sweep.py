@@ -48,7 +48,7 @@ def sweep(
 
     place = out.expanduser().resolve()
     with stop_signals() as stop, record.hold(place):
-        known = record.read_planned(place, trials, has_halving=halving)
+        known = record.read_record(place, trials, has_halving=halving)
         with quick_imports():
             from nibble.disk import disk_errors
             from nibble.experiment import ranking, sweep
@@ -56,7 +56,7 @@ def sweep(
         with _engine(on, workers) as (engine, device):
             with progress.working(f"planning {len(trials)} runs"):
                 planned = plan_trials(trials, device, known)
-            record.write_planned(place, planned, has_halving=halving)
+            record.write_record(place, planned, has_halving=halving)
             with Board() as board, disk_errors(f"cannot run the sweep in {place}"):
                 rows = sweep.run_sweep(place, planned, engine, rungs=rungs, show=board, stop=stop)
         found = ranking.rank(rows)

@@ -27,6 +27,10 @@ def read_cards() -> list[Card]:
     Raises:
         UnavailableError: If CUDA is there and does not answer.
     """
+    import torch
+
+    if not torch.cuda.is_available():
+        return []
     command = [sys.executable, "-m", "nibble.experiment.cards"]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -39,7 +43,7 @@ def _ask() -> list[Card]:
     import torch
 
     found = []
-    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+    for index in range(torch.cuda.device_count()):
         major, minor = torch.cuda.get_device_capability(index)
         free, total = torch.cuda.mem_get_info(index)
         found.append(Card(torch.cuda.get_device_name(index), f"{major}.{minor}", total, free))

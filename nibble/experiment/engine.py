@@ -7,18 +7,23 @@
 What a run measures is its own then: its peak of memory, its time from start to end.
 """
 
+import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from nibble.config import RunConfig
 from nibble.disk import replace_file
+from nibble.errors import StoppedError
 from nibble.train import folder
 
+# What runs a config file.
+TRAIN = (sys.executable, "-m", "nibble", "train")
 # Of a log that is searched for the reason of a failure.
 _LAST_BYTES = 20_000
 _SAYS = "nibble: "
@@ -57,13 +62,32 @@ class Ended:
     seconds: float
     fix: str = ""
 
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run came to its last step."""
+        return self.exit_code == 0
 
-def start(run: RunConfig, place: Path, name: str) -> Started:
+    @property
+    def is_resumable(self) -> bool:
+        """Whether it was stopped or killed, and goes on when it is started again."""
+        return self.exit_code == StoppedError.exit_code or self.exit_code < 0
+
+
+def start(
+    run: RunConfig,
+    place: Path,
+    name: str,
+    *,
+    environment: Mapping[str, str] | None = None,
+    train: Sequence[str] = (),
+) -> Started:
     """Start `nibble train`, or continue what stands in its folder.
 
     Args:
         place: The folder for this and other runs; it is there.
         name: Of the run among them.
+        environment: Variables beside those of this process, such as CUDA_VISIBLE_DEVICES.
+        train: What runs a config file; nothing stands for `TRAIN`.
 
     Raises:
         OSError: If its config or log cannot be written.
@@ -73,12 +97,13 @@ def start(run: RunConfig, place: Path, name: str) -> Started:
     replace_file(config, folder.run_text(run).encode())
     with log.open("ab") as file:
         process = subprocess.Popen(
-            [sys.executable, "-m", "nibble", "train", str(config)],
+            [*(train or TRAIN), str(config)],
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=file,
             # Ctrl-C in the terminal is for whoever started the runs: that stops them in order.
             start_new_session=True,
+            env={**os.environ, **(environment or {})},
         )
     return Started(process, place / name, log, time.monotonic())
 

@@ -37,11 +37,6 @@ class Followed:
     _pace: deque[float] = field(default_factory=lambda: deque(maxlen=_PACE_STEPS))
 
     @property
-    def is_finished(self) -> bool:
-        """Whether the run did all its steps."""
-        return self.end is not None and self.end.reason == folder.FINISHED
-
-    @property
     def eval_loss(self) -> float | None:
         """The last held-out loss."""
         return self.eval_losses[max(self.eval_losses)] if self.eval_losses else None

@@ -9,7 +9,7 @@ from nibble.experiment.grid import Trial
 from nibble.experiment.placement import Need
 from nibble.experiment.record import Planned
 from nibble.plan.budget import budget_bytes
-from nibble.plan.devices import Device
+from nibble.plan.devices import Device, with_measured_rates
 from nibble.plan.plan import Plan, concrete, make_plan
 
 # Private memory of a process with torch and transformers, beside what a plan counts. Source: 270
@@ -37,25 +37,36 @@ def plan_trials(
         NibbleError: If no run can be planned: what is wrong with the first.
     """
     found = {one.trial.name: one for one in known}
-    errors: list[NibbleError] = []
-    plans: dict[str, Plan | NibbleError] = {}
-    for trial in trials:
-        if trial.name in found:
-            continue
-        key = _key(trial.run)
-        if key not in plans:
-            plans[key] = _plan(trial.run, device)
-        plan = plans[key]
-        if isinstance(plan, NibbleError):
-            errors.append(plan)
-            found[trial.name] = Planned(
-                trial, trial.run, Need(0), plan.exit_code, f"{plan.what}; {plan.fix}".strip("; ")
-            )
-        else:
-            found[trial.name] = _planned(trial, plan, device)
-    if len(errors) == len(trials):
+    open_trials = [trial for trial in trials if trial.name not in found]
+    plans = _plans(open_trials, with_measured_rates(device))
+    errors = [plan for plan in plans if isinstance(plan, NibbleError)]
+    if errors and len(errors) == len(trials):
         raise errors[0]
+    for trial, plan in zip(open_trials, plans, strict=True):
+        found[trial.name] = _planned(trial, plan, device)
     return [found[trial.name] for trial in trials]
+
+
+def _plans(trials: Sequence[Trial], device: Device) -> list[Plan | NibbleError]:
+    """The plan of each trial; where the plans may choose the method, they choose the same."""
+    runs = [trial.run for trial in trials]
+    plans = _each_planned(runs, device)
+    chosen = {plan.method for plan in plans if isinstance(plan, Plan)}
+    if len(chosen) > 1 and all(run.method == "auto" for run in runs):
+        for method in sorted(chosen):
+            asked = [run.with_values({"method": method}, "planner") for run in runs]
+            again = _each_planned(asked, device)
+            if all(plan.fits for plan in again if isinstance(plan, Plan)):
+                return again
+    return plans
+
+
+def _each_planned(runs: Sequence[RunConfig], device: Device) -> list[Plan | NibbleError]:
+    plans: dict[str, Plan | NibbleError] = {}
+    for run in runs:
+        if _key(run) not in plans:
+            plans[_key(run)] = _plan(run, device)
+    return [plans[_key(run)] for run in runs]
 
 
 def need_of(plan: Plan, device: Device) -> Need:
@@ -73,10 +84,13 @@ def _plan(run: RunConfig, device: Device) -> Plan | NibbleError:
         return error
 
 
-def _planned(trial: Trial, plan: Plan, device: Device) -> Planned:
+def _planned(trial: Trial, plan: Plan | NibbleError, device: Device) -> Planned:
+    if isinstance(plan, NibbleError):
+        reason = f"{plan.what}; {plan.fix}" if plan.fix else plan.what
+        return Planned(trial, trial.run, Need(0), plan.exit_code, reason)
     if not plan.fits:
-        error = plan.error()
-        return Planned(trial, trial.run, Need(plan.needed_bytes), error.exit_code, plan.reasons[0])
+        code = plan.error().exit_code
+        return Planned(trial, trial.run, Need(plan.needed_bytes), code, plan.reasons[0])
     return Planned(trial, concrete(trial.run, plan.settings), need_of(plan, device))
 
 

@@ -18,7 +18,8 @@ from nibble.errors import StoppedError
 from nibble.experiment import engine
 from nibble.experiment.cards import read_cards
 from nibble.experiment.engine import Ended, Started
-from nibble.experiment.placement import Need, Place
+from nibble.experiment.placement import Place
+from nibble.experiment.record import Planned
 from nibble.plan.devices import Device, card, find_device
 from nibble.train import folder
 
@@ -45,9 +46,11 @@ class Machine:
 
     Args:
         find_places: What runs can be put on, with the memory that is free of it now.
+        train: What runs a config file; nothing stands for `nibble train`.
     """
 
     find_places: Callable[[], Sequence[Place]]
+    train: Sequence[str] = ()
     _known: Sequence[Place] = ()
 
     def places(self, *, is_idle: bool) -> Sequence[Place]:
@@ -56,10 +59,14 @@ class Machine:
             self._known = self.find_places()
         return self._known
 
-    def start(self, run: RunConfig, out: Path, name: str, *, at: Place, need: Need) -> Handle:
+    def start(self, planned: Planned, out: Path, *, at: Place) -> Handle:
         """Start a run, or continue what stands in its folder."""
+        return self.start_named(planned.run, out, planned.trial.name, at=at)
+
+    def start_named(self, run: RunConfig, out: Path, name: str, *, at: Place) -> Handle:
+        """The same for a run that is not of a plan's making."""
         environment = {**at.environment, PLACE_VARIABLE: at.name}
-        return engine.start(run, out, name, environment=environment)
+        return engine.start(run, out, name, environment=environment, train=self.train)
 
     def at_work(self, out: Path, names: Collection[str]) -> dict[str, tuple[Handle, str]]:
         """The runs of a sweep that go on already, by name, each with its place."""

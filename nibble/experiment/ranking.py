@@ -160,6 +160,9 @@ def _notes(rows: Sequence[Row], by: Criterion, *, has_finished: bool) -> list[st
     others = {key for key in differing if key.startswith(_OTHER_TOKENS)}
     if isinstance(flats[0]["data.eval"], float):
         others |= differing & {"train.seed"}
+    chosen = sorted({row.planned.run.method for row in rows if row.state == "finished"})
+    if len(chosen) > 1 and "method" not in differing:
+        notes.append(f"Their plans chose different methods: {' and '.join(chosen)}.")
     if others:
         listed = ", ".join(sorted(others))
         notes.append(f"Runs differ in {listed}: their losses are means over other tokens.")

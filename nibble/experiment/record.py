@@ -68,8 +68,8 @@ def hold(out: Path) -> Iterator[None]:
         yield
 
 
-def read_planned(out: Path, trials: Sequence[Trial], *, has_halving: bool) -> list[Planned]:
-    """What was planned when the sweep in the folder began; nothing where there is none.
+def read_record(out: Path, trials: Sequence[Trial], *, has_halving: bool) -> list[Planned]:
+    """The runs that were planned when the sweep in the folder began; nothing where there is none.
 
     Raises:
         FolderInUseError: If another sweep has begun there.
@@ -85,8 +85,9 @@ def read_planned(out: Path, trials: Sequence[Trial], *, has_halving: bool) -> li
         stored = {entry["name"]: entry for entry in values["runs"]}
         is_same = values["definition"] == _definition(trials, has_halving)
         if is_same:
-            return [_planned(trial, stored[trial.name]) for trial in trials if trial.name in stored]
-    except (ValueError, TypeError, KeyError):
+            found = [trial for trial in trials if trial.name in stored]
+            return [_planned(trial, stored[trial.name]) for trial in found]
+    except (ValueError, TypeError, KeyError, AttributeError):
         stored = {}
     # Before anything was trained a wrong value can be corrected.
     if not stored or any(folder.has_begun(out / name) for name in stored):
@@ -96,7 +97,7 @@ def read_planned(out: Path, trials: Sequence[Trial], *, has_halving: bool) -> li
     return []
 
 
-def write_planned(out: Path, planned: Sequence[Planned], *, has_halving: bool) -> None:
+def write_record(out: Path, planned: Sequence[Planned], *, has_halving: bool) -> None:
     """Write down what the sweep is; what could not start is planned again next time.
 
     Raises:

@@ -11,17 +11,16 @@ What stands is in the folders of the runs: a sweep that was killed goes on with 
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from nibble.config import RunConfig
 from nibble.errors import DoesNotFitError, FolderInUseError, StoppedError
 from nibble.experiment.engine import Ended
 from nibble.experiment.follow import Followed
 from nibble.experiment.halving import decide
-from nibble.experiment.placement import Need, Place, assign, fits_alone
+from nibble.experiment.placement import Place, assign, fits_alone
 from nibble.experiment.record import Planned
+from nibble.train import folder
 from nibble.train.interrupt import StopSignal
 from nibble.units import gigabytes
 
@@ -42,7 +41,7 @@ class Engine(Protocol):
         """What runs can be put on; `is_idle` says that none of the sweep's is at work."""
         ...
 
-    def start(self, run: RunConfig, out: Path, name: str, *, at: Place, need: Need) -> Any:
+    def start(self, planned: Planned, out: Path, *, at: Place) -> Any:
         """Start a run in OUT/<name>, or continue what stands there."""
         ...
 
@@ -159,9 +158,10 @@ def exit_code_of(rows: Sequence[Row]) -> int:
 
 
 def _row(out: Path, planned: Planned) -> Row:
-    row = Row(planned, Followed(out / planned.trial.name))
+    place = out / planned.trial.name
+    row = Row(planned, Followed(place))
     row.followed.update()
-    if row.followed.is_finished:
+    if folder.is_finished(place):
         row.state = "finished"
     elif planned.exit_code:
         is_too_large = planned.exit_code == DoesNotFitError.exit_code
@@ -201,6 +201,8 @@ def _take_end(row: Row, ended: Ended) -> None:
         row.state, row._not_before = "waiting", time.monotonic() + RETRY_SECONDS
     elif ended.is_resumable and not _is_in_vain(row):
         row.state = "waiting"
+        # At once after some steps; what ends before its first step is given time.
+        row._not_before = time.monotonic() + RETRY_SECONDS * (row._vain[1] - 1)
     else:
         row.state = "failed"
         # A process that was killed has no code of its own.
@@ -259,8 +261,8 @@ def _start(course: Course) -> None:
     at_work = [(row.place, row.planned.need) for row in course.rows if row._handle is not None]
     by_name = {place.name: place for place in places}
     for name, place in assign(needs, places, at_work).items():
-        row, start = ready[name], partial(course.engine.start, at=by_name[place])
-        row._handle = start(row.planned.run, course.out, name, need=row.planned.need)
+        row = ready[name]
+        row._handle = course.engine.start(row.planned, course.out, at=by_name[place])
         row.state, row.place, row.reason = "running", place, ""
 
 

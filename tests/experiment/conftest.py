@@ -1,4 +1,4 @@
-"""Comparisons whose figures are made up."""
+"""Comparisons whose figures are made up, and sweeps of runs that cost nothing."""
 
 from dataclasses import replace
 
@@ -6,10 +6,13 @@ import pytest
 
 from nibble.config import load_config
 from nibble.events import RunStart
+from nibble.experiment import engine
 from nibble.experiment.compare import Comparison, Record
 from nibble.experiment.figures import RunFigures
 from nibble.experiment.project import OnDevice
 from nibble.experiment.report import build_report
+
+from .stub_runs import STUB, stub_runs
 
 MIB = 2**20
 # method: (held-out loss, MiB at the peak, seconds)
@@ -102,3 +105,10 @@ def report_of():
         return replace(report, seeds=tuple(comparison.seeds))
 
     return make
+
+
+@pytest.fixture
+def stub(monkeypatch):
+    """Runs are stubs: see stub_run.py; gives the function that makes them."""
+    monkeypatch.setattr(engine, "TRAIN", STUB)
+    return stub_runs
