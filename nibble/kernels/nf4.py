@@ -8,7 +8,7 @@ Source:
     Dettmers et al. 2023, QLoRA, arXiv:2305.14314, section 3 and appendix E.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from math import prod
 
 import torch
@@ -25,13 +25,13 @@ from nibble.kernels.nf4_reference import (
     CODEBOOKS,
     DYNAMIC_MAP,
     NESTED_BLOCK_SIZE,
-    SMALLEST_ABSMAX,
     Quantized,
     decode_reference,
     dequantize_scales,
     encode_reference,
     quantize_scales,
 )
+from nibble.kernels.nf4_search import search_reference
 from nibble.kernels.target import is_fake, report_kernel
 
 __all__ = [
@@ -48,9 +48,6 @@ __all__ = [
     "quantize",
     "quantize_parts",
 ]
-
-# Scales tried by the least-squares search, as fractions of the largest magnitude.
-_SEARCH_FRACTIONS = tuple(0.60 + 0.025 * step for step in range(17))
 
 
 def implementation(device: torch.device | str = "cpu") -> str:
@@ -76,8 +73,8 @@ def quantize(
         type: "nf4" or "fp4".
         block_size: Values per block, a power of two from 32 to 4096.
         double: Store the block scales in 8 bits as well.
-        search: Choose each block's scale for the least squared error instead of the largest
-            magnitude; same format, many times slower.
+        search: Choose each block's scale, which may then be negative, for the least squared
+            error: see `nf4_search`. Never worse in sum over the weight, and the same format.
 
     Raises:
         UsageError: If `type` or `block_size` is unknown, or the weight is not floating point.
@@ -106,7 +103,7 @@ def quantize_parts(
 
     Args:
         parts: Functions that give the parts of the flat weight in order; with `search` each is
-            called twice. Part boundaries are block boundaries.
+            called two or three times. Part boundaries are block boundaries.
         shape: Shape of the whole weight.
 
     Raises:
@@ -130,6 +127,7 @@ def quantize_parts(
         )
         for at in range(0, prod(shape), size)
     ]
+    found_N = torch.empty_like(scale_N) if search else scale_N
     for read, (part_codes, block) in zip([lambda: first, *parts[1:]], spans, strict=True):
         flat = read().detach().reshape(-1)
         _encode(flat, part_codes, scale_N[block], type=type, block_size=block_size)
@@ -139,17 +137,16 @@ def quantize_parts(
                 fix="download the checkpoint again, or repair the weight",
             )
         if search:
-            scale_N[block] = _search_scales(flat, scale_N[block], type=type, block_size=block_size)
-    absmax, nested_absmax, offset = quantize_scales(scale_N) if double else (scale_N, None, None)
-    q = Quantized(codes, absmax, nested_absmax, offset, shape, type, block_size)
-    if search:
-        # The codes answer to the scales as stored: their rounding to 8 bits then costs less.
-        scale_N = dequantize_scales(q)
-        for read, (part_codes, block) in zip(parts, spans, strict=True):
-            flat = read().detach().reshape(-1)
-            _encode(
-                flat, part_codes, scale_N[block], type=type, block_size=block_size, measure=False
-            )
+            _search(flat, scale_N[block], found_N[block], type=type, block_size=block_size)
+    q = Quantized(codes, *_store_scales(scale_N, double), shape, type, block_size)
+    if not search:
+        return q
+    found = Quantized(codes, *_store_scales(found_N, double), shape, type, block_size)
+    if _recode(parts, q, found):
+        return found
+    for read, (part_codes, block) in zip(parts, spans, strict=True):
+        flat = read().detach().reshape(-1)
+        _encode(flat, part_codes, scale_N[block], type=type, block_size=block_size)
     return q
 
 
@@ -255,14 +252,11 @@ def _encode(
 ) -> None:
     """`encode_reference`, by the fastest code and with little temporary memory."""
     library = _library(flat, codes)
-    is_direct = library is not None and flat.dtype in (torch.float32, torch.bfloat16)
-    chunk = flat.numel() if is_direct else CHUNK
     encode = encode_reference if library is None else library.encode
-    for first in range(0, flat.numel(), chunk):
-        values = flat[first : first + chunk]
+    for first, values in _pieces(flat, library):
         stop = first + values.numel()
         encode(
-            values if is_direct else values.float(),
+            values,
             codes[first // 2 : (stop + 1) // 2],
             scale_N[first // block_size : -(-stop // block_size)],
             type=type,
@@ -271,49 +265,68 @@ def _encode(
         )
 
 
+def _search(flat: Tensor, absmax_N: Tensor, scale_N: Tensor, *, type: str, block_size: int) -> None:
+    """`search_reference`, by the fastest code and with little temporary memory."""
+    library = _library(flat)
+    search = search_reference if library is None else library.search
+    for first, values in _pieces(flat, library):
+        block = slice(first // block_size, -(-(first + values.numel()) // block_size))
+        search(values, absmax_N[block], scale_N[block], type=type, block_size=block_size)
+
+
+def _pieces(flat: Tensor, library: nf4_cpu.Library | None) -> Iterator[tuple[int, Tensor]]:
+    """The weight as the library takes it, or in chunks of float32; each with its first value."""
+    is_direct = library is not None and flat.dtype in (torch.float32, torch.bfloat16)
+    if is_direct:
+        yield 0, flat
+        return
+    for first in range(0, flat.numel(), CHUNK):
+        yield first, flat[first : first + CHUNK].float()
+
+
+def _recode(parts: Sequence[Callable[[], Tensor]], q: Quantized, found: Quantized) -> bool:
+    """Write the codes that are nearest at the scales of `found`, and whether it is closer than `q`.
+
+    Both share their codes. Scales are taken as they are stored, in 8 bits or not.
+    """
+    gain_N = torch.empty(-(-q.numel // q.block_size), dtype=torch.float64, device=q.codes.device)
+    first = 0
+    for read in parts:
+        for values in read().detach().reshape(-1).split(CHUNK):
+            stop = first + values.numel()
+            block, last = first // q.block_size, -(-stop // q.block_size)
+            gain_N[block:last] = _squared_errors(values, q, first)
+            _encode(
+                values,
+                q.codes[first // 2 : (stop + 1) // 2],
+                dequantize_scales(found, block, last),
+                type=q.type,
+                block_size=q.block_size,
+                measure=False,
+            )
+            gain_N[block:last] -= _squared_errors(values, found, first)
+            first = stop
+    # numpy adds in one order on any number of threads.
+    return bool(gain_N.cpu().numpy().sum() > 0)
+
+
+def _squared_errors(values: Tensor, q: Quantized, first: int) -> Tensor:
+    """Of each block of the values from number `first` on: (ceil(numel / block_size),) float64."""
+    stored = dequantize(q, dtype=torch.float32, start=first, count=values.numel())
+    rest = F.pad(stored.view(-1).sub_(values), (0, -values.numel() % q.block_size))
+    return rest.view(-1, q.block_size).double().square_().sum(-1)
+
+
+def _store_scales(scale_N: Tensor, double: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """absmax, nested_absmax and offset of `Quantized`."""
+    return quantize_scales(scale_N) if double else (scale_N, None, None)
+
+
 def _empty_scales(scale_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The parts that `quantize_scales` gives, without values."""
     num_nested = -(-scale_N.numel() // NESTED_BLOCK_SIZE)
     absmax = torch.empty_like(scale_N, dtype=torch.uint8)
     return absmax, scale_N.new_empty(num_nested), scale_N.new_empty(1)
-
-
-def _search_scales(flat: Tensor, absmax_N: Tensor, *, type: str, block_size: int) -> Tensor:
-    """Block scales of least squared error.
-
-    With code values c chosen at a tried scale, the best scale for these codes is <w, c> / <c, c>,
-    and it leaves the squared error <w, w> - <w, c>^2 / <c, c>: the largest gain wins.
-    """
-    best_N = absmax_N.clone()
-    for first in range(0, flat.numel(), CHUNK):
-        values = flat[first : first + CHUNK].float()
-        block = slice(first // block_size, -(-(first + values.numel()) // block_size))
-        value_NQ = _blocks(values, block_size)
-        gain_N = torch.zeros(len(value_NQ), device=flat.device)
-        for fraction in _SEARCH_FRACTIONS:
-            level_NQ = _blocks(
-                _levels(values, absmax_N[block] * fraction, type, block_size), block_size
-            )
-            product_N = (value_NQ * level_NQ).sum(-1)
-            square_N = level_NQ.square_().sum(-1).clamp_(min=SMALLEST_ABSMAX)
-            new_gain_N = product_N.square() / square_N
-            best_N[block] = torch.where(new_gain_N > gain_N, product_N / square_N, best_N[block])
-            gain_N = torch.maximum(gain_N, new_gain_N)
-    return best_N
-
-
-def _blocks(values: Tensor, block_size: int) -> Tensor:
-    """(numel,) -> (N, Q), the last block filled with zeros."""
-    return F.pad(values, (0, -values.numel() % block_size)).view(-1, block_size)
-
-
-def _levels(values: Tensor, scale_N: Tensor, type: str, block_size: int) -> Tensor:
-    """The code value of each value at these scales, in [-1, 1]."""
-    codes = torch.empty((values.numel() + 1) // 2, dtype=torch.uint8, device=values.device)
-    _encode(values, codes, scale_N, type=type, block_size=block_size, measure=False)
-    ones_N, shape = torch.ones_like(scale_N), tuple(values.shape)
-    unit = Quantized(codes, ones_N, None, None, shape, type, block_size)
-    return dequantize(unit, dtype=torch.float32)
 
 
 def _decoder(*parts: Tensor) -> nf4_triton.Decode:

@@ -1,12 +1,14 @@
-/* 4-bit weights on a CPU: encode blocks, decode ranges. Format and reference: nf4_reference.py.
+/* 4-bit weights on a CPU: encode blocks, decode ranges, search scales. Format and references:
+ * nf4_reference.py, nf4_search.py.
  *
  * Decoding multiplies the 16 codebook values of a block by its scale and rounds them once; every
  * value is then a look-up of 16 or 32 bits. So the result is exactly round(code * scale), and the
  * rounding costs 16 operations a block instead of one a value.
  *
  * Must be compiled with -ffp-contract=off and without -ffast-math: product and sum of a nested
- * scale are rounded one by one.
+ * scale, and the sums of a search, are rounded one by one.
  */
+#include <math.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -280,6 +282,8 @@ void nibble_encode(const void *values, int kind, int64_t count, int64_t block_si
             scale[block] = !is_full && absmax < smallest ? smallest : absmax;
         }
         float divisor = scale[block] < smallest ? smallest : scale[block];
+        if (scale[block] < 0)
+            divisor = scale[block] > -smallest ? -smallest : scale[block];
         float reciprocal = 1.0f / divisor;
         for (int64_t i = 0; i < length; i++)
             scaled[i] = is_full ? scaled[i] * reciprocal : scaled[i] / divisor;
@@ -288,5 +292,150 @@ void nibble_encode(const void *values, int kind, int64_t count, int64_t block_si
         uint8_t *to = codes + at / 2;
         for (int64_t i = 0; i < (length + 1) / 2; i++)
             to[i] = (uint8_t)(order[rank[2 * i]] << 4 | order[rank[2 * i + 1]]);
+    }
+}
+
+/* ---- search ---------------------------------------------------------------------------------- */
+
+enum { LANES = 16, NUM_LEVELS = 16 };
+
+typedef float Lanes __attribute__((vector_size(4 * LANES)));
+typedef int32_t Masks __attribute__((vector_size(4 * LANES)));
+
+typedef struct {
+    const float *bounds;        /* 15 */
+    const float *levels;        /* 16, ascending */
+    const float *factors;
+    int64_t num_factors;
+    int64_t num_refits;
+    float smallest, largest;    /* magnitudes that are searched */
+    float least_gain;
+} Search;
+
+typedef struct {
+    float factor, gain;
+} Found;
+
+static float sum_lanes(Lanes lane)
+{
+    for (int half = LANES / 2; half; half /= 2)
+        for (int i = 0; i < half; i++)
+            lane[i] += lane[i + half];
+    return lane[0];
+}
+
+static Lanes load_lanes(const float *values)
+{
+    Lanes lanes;
+    memcpy(&lanes, values, sizeof lanes);
+    return lanes;
+}
+
+#if defined(__AVX512BW__)
+
+/* The levels of sixteen values between the bounds `limit`, found by halving. */
+static inline Lanes nearest_levels(Lanes value, const float *limit, const float *levels)
+{
+    __m512 limits = _mm512_loadu_ps(limit);
+    __m512i rank = _mm512_setzero_si512();
+    for (int half = 8; half; half /= 2) {
+        __m512i middle = _mm512_add_epi32(rank, _mm512_set1_epi32(half - 1));
+        __m512 bound = _mm512_permutexvar_ps(middle, limits);
+        __mmask16 is_above = _mm512_cmp_ps_mask((__m512)value, bound, _CMP_GT_OQ);
+        rank = _mm512_mask_add_epi32(rank, is_above, rank, _mm512_set1_epi32(half));
+    }
+    return (Lanes)_mm512_permutexvar_ps(rank, _mm512_loadu_ps(levels));
+}
+
+#else
+
+static inline Lanes nearest_levels(Lanes value, const float *limit, const float *levels)
+{
+    Lanes level = levels[0] - (Lanes){0};
+    for (int k = 0; k < NUM_LEVELS - 1; k++) {
+        Masks is_above = value > limit[k] - (Lanes){0}, above = (Masks)(levels[k + 1] - (Lanes){0});
+        level = (Lanes)((is_above & above) | (~is_above & (Masks)level));
+    }
+    return level;
+}
+
+#endif
+
+static void set_limits(const Search *s, float factor, float *limit)
+{
+    for (int k = 0; k < NUM_LEVELS - 1; k++)
+        limit[k] = factor * s->bounds[k];
+    limit[NUM_LEVELS - 1] = INFINITY;
+}
+
+/* Take the best factor of the levels at `factor` if it gains more than what is found. */
+static void try_factor(const Search *s, const float *values, int64_t count, float factor,
+                       Found *found)
+{
+    float limit[NUM_LEVELS];
+    Lanes product = {0}, square = {0};
+    set_limits(s, factor, limit);
+    for (int64_t at = 0; at < count; at += LANES) {
+        Lanes value = load_lanes(values + at), level = nearest_levels(value, limit, s->levels);
+        product += value * level;
+        square += level * level;
+    }
+    float p = sum_lanes(product), q = sum_lanes(square), gain = p * p / q;
+    if (gain > found->gain)
+        *found = (Found){p / q, gain};
+}
+
+static float squared_error(const Search *s, const float *values, int64_t count, float factor)
+{
+    float limit[NUM_LEVELS];
+    Lanes error = {0};
+    set_limits(s, factor, limit);
+    for (int64_t at = 0; at < count; at += LANES) {
+        Lanes value = load_lanes(values + at);
+        Lanes rest = value - factor * nearest_levels(value, limit, s->levels);
+        error += rest * rest;
+    }
+    return sum_lanes(error);
+}
+
+/* The factor of least error, or 1. `values` lie in [-1, 1]; `negated` is for them the other way. */
+static float search_block(const Search *s, const float *values, float *negated, int64_t count)
+{
+    const float *side[2] = {values, negated};
+    Found found = {1.0f, 0.0f};
+    int best = 0;
+    for (int64_t i = 0; i < count; i++)
+        negated[i] = -values[i];
+    for (int n = 0; n < 2; n++) {
+        float before = found.gain;
+        for (int64_t f = 0; f < s->num_factors; f++)
+            try_factor(s, side[n], count, s->factors[f], &found);
+        best = found.gain > before ? n : best;
+    }
+    for (int64_t n = 0; n < s->num_refits; n++)
+        try_factor(s, side[best], count, found.factor, &found);
+    float saved = squared_error(s, values, count, 1.0f);
+    saved -= squared_error(s, side[best], count, found.factor);
+    if (!(saved > count * s->least_gain))
+        return 1.0f;
+    return best ? -found.factor : found.factor;
+}
+
+/* Write the scale of least squared error of each block of `count` values to `scale`. */
+void nibble_search(const Search *s, const void *values, int kind, int64_t count, int64_t block_size,
+                   const float *absmax, float *scale)
+{
+    float scaled[MAX_BLOCK], negated[MAX_BLOCK];
+    for (int64_t block = 0, at = 0; at < count; block++, at += block_size) {
+        int64_t length = count - at < block_size ? count - at : block_size;
+        scale[block] = absmax[block];
+        if (!(absmax[block] >= s->smallest && absmax[block] <= s->largest))
+            continue;
+        load(values, at, length, kind, scaled);
+        memset(scaled + length, 0, (size_t)(block_size - length) * sizeof(float));
+        float reciprocal = 1.0f / absmax[block];
+        for (int64_t i = 0; i < length; i++)
+            scaled[i] *= reciprocal;
+        scale[block] *= search_block(s, scaled, negated, block_size);
     }
 }

@@ -18,12 +18,22 @@ from nibble.kernels.nf4_reference import (
     encode_reference,
     quantize_scales,
 )
+from nibble.kernels.nf4_search import (
+    FACTORS,
+    LARGEST,
+    LEAST_GAIN,
+    NUM_REFITS,
+    SMALLEST,
+    levels,
+    search_reference,
+)
 
 SOURCE = Path(__file__).with_name("nf4_cpu.c")
 # Product and sum of a nested scale are rounded one by one.
 FLAGS = ("-ffp-contract=off",)
 # Work below this many values is done by the calling thread alone.
 VALUES_PER_THREAD = 1 << 18
+SEARCHED_PER_THREAD = 1 << 13
 
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -42,8 +52,23 @@ class _Weight(ctypes.Structure):
     )
 
 
+class _Search(ctypes.Structure):
+    """`Search` of nf4_cpu.c."""
+
+    _fields_ = (
+        ("bounds", ctypes.c_void_p),
+        ("levels", ctypes.c_void_p),
+        ("factors", ctypes.c_void_p),
+        ("num_factors", ctypes.c_int64),
+        ("num_refits", ctypes.c_int64),
+        ("smallest", ctypes.c_float),
+        ("largest", ctypes.c_float),
+        ("least_gain", ctypes.c_float),
+    )
+
+
 class Library:
-    """The two operations of the compiled code; same signatures as the reference.
+    """The three operations of the compiled code; same signatures as the reference.
 
     Large work is split over `torch.get_num_threads()` threads; the result does not depend on it.
 
@@ -65,6 +90,8 @@ class Library:
             *(pointer, pointer, int32, pointer, pointer),
         ]
         library.nibble_encode.restype = None
+        library.nibble_search.argtypes = [pointer, pointer, int32, int64, int64, pointer, pointer]
+        library.nibble_search.restype = None
         self._library = library
         self.instructions: str = library.nibble_instructions().decode()
 
@@ -96,6 +123,35 @@ class Library:
             )
 
         in_parts(work, values.numel(), block_size, least=VALUES_PER_THREAD)
+
+    def search(
+        self, values: Tensor, absmax_N: Tensor, scale_N: Tensor, *, type: str, block_size: int
+    ) -> None:
+        """As `search_reference`, for float32 and bfloat16."""
+        bound, level, kind = bounds(type), levels(type), _KINDS[values.dtype]
+        search = _Search(
+            bound.data_ptr(),
+            level.data_ptr(),
+            FACTORS.data_ptr(),
+            FACTORS.numel(),
+            NUM_REFITS,
+            SMALLEST,
+            LARGEST,
+            LEAST_GAIN,
+        )
+
+        def work(first: int, stop: int) -> None:
+            self._library.nibble_search(
+                ctypes.byref(search),
+                values[first:].data_ptr(),
+                kind,
+                stop - first,
+                block_size,
+                absmax_N[first // block_size :].data_ptr(),
+                scale_N[first // block_size :].data_ptr(),
+            )
+
+        in_parts(work, values.numel(), block_size, least=SEARCHED_PER_THREAD)
 
     def decode(self, q: Quantized, out_flat: Tensor, start: int) -> None:
         """As `decode_reference`."""
@@ -131,7 +187,7 @@ def implementation() -> str:
 
 
 def agrees_with_reference(library: Library) -> bool:
-    """Whether encode and decode give the reference's bits on a small random weight."""
+    """Whether encode, search and decode give the reference's bits on a small random weight."""
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(64 * 40 + 37, generator=generator)
     # One block of zeros, one huge value: the edges of the format.
@@ -152,6 +208,13 @@ def _agrees(library: Library, values: Tensor, type: str) -> bool:
         written.append((codes, scale_N))
     (codes, scale_N), (other_codes, other_scale_N) = written
     if not (torch.equal(codes, other_codes) and torch.equal(scale_N, other_scale_N)):
+        return False
+    found = []
+    for search in (search_reference, library.search):
+        found_N = torch.zeros(num_blocks)
+        search(values, scale_N, found_N, type=type, block_size=64)
+        found.append(found_N)
+    if not torch.equal(*found):
         return False
     q = Quantized(codes, *quantize_scales(scale_N), tuple(values.shape), type)
     for dtype in _KINDS:

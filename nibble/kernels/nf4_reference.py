@@ -88,7 +88,7 @@ class Quantized:
 
     Args:
         codes: Two codes a byte, the first in the high nibble.
-        absmax: One scale per block, or its 8-bit code.
+        absmax: One scale per block, or its 8-bit code; searched scales may be negative.
         nested_absmax: One scale per 256 blocks.
         offset: The mean of all absmax, subtracted before they were stored in 8 bits.
         shape: Shape of the weight.
@@ -153,6 +153,8 @@ def encode_reference(
 ) -> None:
     """Write the codes of `values`; with `measure` first write each block's absmax to `scale_N`.
 
+    Scales that were measured are positive; given ones may be negative.
+
     A full block is multiplied by 1 / absmax, a last and shorter block is divided by absmax: the
     two round differently, and weights stored by other programs are made so. A value on a bound
     takes the lower code.
@@ -169,6 +171,7 @@ def encode_reference(
         if rest.numel():
             scale_N[num_full:] = rest.abs().amax().clamp(min=SMALLEST_ABSMAX)
     divisor_N = scale_N.clamp(min=SMALLEST_ABSMAX)
+    divisor_N = divisor_N.where(~(scale_N < 0), scale_N.clamp(max=-SMALLEST_ABSMAX))
     # An odd number of values leaves one nibble, which takes the code of zero.
     scaled = torch.zeros(codes.numel() * 2, device=values.device)
     scaled_NQ = scaled[: num_full * block_size].view(num_full, block_size)

@@ -197,35 +197,6 @@ def test_out_is_written_in_place():
     assert torch.equal(got, nf4.dequantize(q))
 
 
-@pytest.mark.parametrize("double", [False, True])
-def test_search_lowers_the_error_on_gaussian_weights(double):
-    weight = torch.randn(1 << 19, generator=torch.Generator().manual_seed(0))
-    error = {
-        search: relative_error(weight, nf4.quantize(weight, double=double, search=search))
-        for search in (False, True)
-    }
-    assert error[False] == pytest.approx(0.0920, abs=2e-4)
-    assert error[True] <= 0.086
-
-
-def test_search_keeps_the_format_and_handles_edges():
-    weight = torch.randn(1001)
-    weight[:64] = 0
-    weight[70] = 3e4
-    plain, q = nf4.quantize(weight), nf4.quantize(weight, search=True)
-    assert q.nbytes == plain.nbytes
-    assert torch.isfinite(nf4.dequantize(q)).all()
-    exact = nf4.quantize(weight, search=True, double=False)
-    assert (nf4.dequantize(exact)[:64] == 0).all()
-    assert relative_error(weight, exact) <= relative_error(
-        weight, nf4.quantize(weight, double=False)
-    )
-
-
-def relative_error(weight, q):
-    return ((nf4.dequantize(q, dtype=torch.float32) - weight).norm() / weight.norm()).item()
-
-
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [

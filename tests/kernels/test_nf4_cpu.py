@@ -13,6 +13,7 @@ import torch
 from nibble.kernels import nf4, nf4_cpu
 from nibble.kernels.compiled import FLAGS
 from nibble.kernels.nf4_reference import Quantized, decode_reference
+from nibble.kernels.nf4_search import search_reference
 
 has_compiler = any(shutil.which(name) for name in ("cc", "gcc", "clang"))
 needs_compiler = pytest.mark.skipif(not has_compiler, reason="needs a C compiler")
@@ -107,13 +108,31 @@ def test_rounding_at_the_edges_of_each_dtype(library, dtype):
 
 
 @needs_compiler
+@pytest.mark.parametrize("type", ["nf4", "fp4"])
+@pytest.mark.parametrize("block_size", [32, 64, 4096])
+def test_search_gives_the_bits_of_the_reference(library, type, block_size):
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(9 * block_size + 5, generator=generator)
+    scale = torch.tensor([1.0, 1e-33, 1e33, 0.0, 1e-20, 1e20, 1e-40, 3e38, 0.02, 1.0])
+    values = (values * scale.repeat_interleave(block_size)[: values.numel()]).clamp(-3e38, 3e38)
+    for dtype in (torch.float32, torch.bfloat16):
+        absmax_N = torch.stack([b.abs().max() for b in values.to(dtype).float().split(block_size)])
+        expected_N, got_N = torch.full((2, 10), float("nan"))
+        for search, scale_N in ((search_reference, expected_N), (library.search, got_N)):
+            search(values.to(dtype), absmax_N, scale_N, type=type, block_size=block_size)
+        assert torch.equal(got_N, expected_N)
+        assert not torch.equal(got_N, absmax_N)
+
+
+@needs_compiler
 @pytest.mark.parametrize("num_threads", [1, 2, 3])
-def test_result_does_not_depend_on_threads(monkeypatch, num_threads):
+@pytest.mark.parametrize("search", [False, True])
+def test_result_does_not_depend_on_threads(monkeypatch, num_threads, search):
     weight = torch.randn(601, 701)
-    expected = nf4.quantize(weight)
+    expected = nf4.quantize(weight, search=search)
     monkeypatch.setattr(nf4_cpu, "VALUES_PER_THREAD", 1 << 12)
     monkeypatch.setattr(torch, "get_num_threads", lambda: num_threads)
-    got = nf4.quantize(weight)
+    got = nf4.quantize(weight, search=search)
     assert torch.equal(got.codes, expected.codes)
     assert torch.equal(got.absmax, expected.absmax)
     assert torch.equal(nf4.dequantize(got), nf4.dequantize_reference(expected))

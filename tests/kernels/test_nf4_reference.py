@@ -45,6 +45,18 @@ def test_first_code_is_the_high_nibble():
     assert scale_N.tolist() == [2.0]
 
 
+@pytest.mark.parametrize("type", CODEBOOKS)
+@pytest.mark.parametrize("scale", [0.3, 1e-39])
+def test_a_negative_scale_gives_the_codes_of_the_negated_values(type, scale):
+    values = torch.randn(100, generator=torch.Generator().manual_seed(0)) * scale
+    written = []
+    for sign in (1, -1):
+        codes, scale_N = torch.zeros(50, dtype=torch.uint8), torch.full((2,), scale * sign)
+        encode_reference(values * sign, codes, scale_N, type=type, block_size=64, measure=False)
+        written.append(codes)
+    assert torch.equal(*written)
+
+
 @pytest.mark.parametrize("size", [1, 255, 256, 257, 5000])
 @pytest.mark.parametrize("factor", [1.0, 1e-3, 1e-39, 1e-42, 1e38, 0.0])
 def test_scales_equal_bitsandbytes(size, factor):
