@@ -94,8 +94,8 @@ class QuantConfig(Section):
     """Weights that share one scale."""
     double: bool = _field(True, "saves 0.37 bit a weight")
     """Store the scales in 8 bits as well (double quantisation)."""
-    search: bool = _field(False)
-    """Choose block scales of least squared error instead of the absolute maximum."""
+    search: bool = _field(False, "none; loading an 8B takes 4 minutes more on one core")
+    """Search block scales of least squared error; a base stored in 4 bits already keeps its own."""
 
 
 class LoraConfig(Section):

@@ -54,8 +54,8 @@ def load_base(
         load_base("folder", storage="nf4")        linear layers and experts in 4 bits
         load_base("folder", storage="float32", trainable=True)    for training every weight
 
-    A checkpoint that bitsandbytes stored in 4 bits keeps its own codes, bit for bit; asked for in
-    16 bits it is refused.
+    A checkpoint that bitsandbytes stored in 4 bits keeps its own codes, bit for bit, whatever
+    `quant` asks for; asked for in 16 bits it is refused.
 
     Args:
         name: A folder in the transformers layout, or a hub id.

@@ -52,10 +52,11 @@ def stored(tiny_model_folder, tmp_path_factory):
     return store
 
 
+@pytest.mark.parametrize("search", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_codes_and_scales_stay_bit_for_bit(stored, kind):
+def test_codes_and_scales_stay_bit_for_bit(stored, kind, search):
     folder, theirs = stored(kind)
-    model, _ = load_base(str(folder), storage="nf4")
+    model, _ = load_base(str(folder), storage="nf4", quant={"search": search})
     on_disk = load_file(folder / WEIGHTS)
     count = 0
     for name, layer in model.named_modules():
