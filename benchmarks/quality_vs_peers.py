@@ -11,8 +11,12 @@ bitsandbytes' weights, rows padded to the longest. Held-out loss of both is meas
 of ours, on one base.
 
 A ratio is ours over theirs, and its interval is over the seeds: t of 95 % times the standard error
-of its logarithm. Each run is a process of its own; finished ones are read, not repeated. Install
-the peers with `pip install -r benchmarks/peers-requirements.txt`.
+of its logarithm. Beside it stands by how much the training losses of single steps differ at most,
+in the first steps and in all. In bfloat16 two orders of the same sums part after some steps; with
+`--dtype float32` they show whether more than rounding is different.
+
+Each run is a process of its own; finished ones are read, not repeated. Install the peers with
+`pip install -r benchmarks/peers-requirements.txt`.
 """
 
 import argparse
@@ -33,6 +37,7 @@ PEERS = {"lora": "PEFT", "qlora": "PEFT + bitsandbytes", "full": "torch + transf
 RATES = {"lora": 4e-3, "qlora": 4e-3, "full": 3e-4}
 RANK, ALPHA, WARMUP, MAX_GRAD_NORM = 16, 32, 0.03, 1.0
 MOST_RATIO = 1.005
+NUM_FIRST_STEPS = 3
 # Two-sided 95 % of Student's t, for 1 to 9 degrees of freedom.
 T95 = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
@@ -51,13 +56,15 @@ class Work:
     steps: int
     batch_size: int
     max_length: int
+    dtype: str
 
 
 def run_work(work: Work) -> None:
     """Train, measure, and leave the loss in `loss.json`."""
     train = train_nibble if work.side == "nibble" else train_peer
-    result = {**asdict(work), "loss": held_out_loss(work, train(work))}
-    (Path(work.out) / "loss.json").write_text(json.dumps(result))
+    trained, step_losses = train(work)
+    result = {"loss": held_out_loss(work, trained), "step_losses": step_losses}
+    (Path(work.out) / "loss.json").write_text(json.dumps({**asdict(work), **result}))
 
 
 def config(work: Work) -> Any:
@@ -67,8 +74,9 @@ def config(work: Work) -> Any:
     return nibble.load_config(
         None,
         [
-            f"model.name={work.model}", f"data.train={work.data}", f"method={work.method}",
-            f"out={work.out}", f"train.seed={work.seed}", f"train.steps={work.steps}",
+            f"model.name={work.model}", f"model.dtype={work.dtype}", f"method={work.method}",
+            f"data.train={work.data}", f"out={work.out}", f"train.seed={work.seed}",
+            f"train.steps={work.steps}",
             f"train.batch_size={work.batch_size}", f"data.max_seq_len={work.max_length}",
             "data.packing=false", f"optim.lr={RATES[work.method]}", f"optim.warmup={WARMUP}",
             f"optim.max_grad_norm={MAX_GRAD_NORM}", f"lora.rank={RANK}", f"lora.alpha={ALPHA}",
@@ -76,16 +84,20 @@ def config(work: Work) -> Any:
     )  # fmt: skip
 
 
-def train_nibble(work: Work) -> Path:
-    """Our run; the folder of the adapter, or of the whole model."""
+def train_nibble(work: Work) -> tuple[Path, list[float]]:
+    """Our run; the folder of the adapter or of the whole model, and the loss of each step."""
     import nibble
+    from nibble.events import StepEnd, read_events
 
-    return nibble.train(config(work)).adapter
+    result = nibble.train(config(work))
+    events = read_events(result.out / "events.jsonl")
+    return result.adapter, [event.loss for event in events if isinstance(event, StepEnd)]
 
 
-def train_peer(work: Work) -> Path:
-    """The peers' run; the folder of the adapter, or of the whole model."""
+def train_peer(work: Work) -> tuple[Path, list[float]]:
+    """The peers' run; the folder of the adapter or of the whole model, and each step's loss."""
     import torch
+    from torch.nn.functional import cross_entropy
     from transformers import AutoTokenizer
 
     from nibble.data.dataset import build_dataset
@@ -99,20 +111,26 @@ def train_peer(work: Work) -> Path:
     model = peer_model(work)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, weight_decay=0.0)
+    step_losses = []
     for step in range(work.steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(
                 step, steps=work.steps, peak=RATES[work.method], warmup=WARMUP
             )
-        batch = padded([rows[i] for i in order.row_ids(step)])
-        peer_loss(model, *batch).backward()
+        ids, mask, labels = padded([rows[i] for i in order.row_ids(step)])
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=work.dtype == "bfloat16"):
+            logits = model(input_ids=ids, attention_mask=mask).logits
+        # The mean over the target tokens of the step.
+        loss = cross_entropy(logits[:, :-1].float().flatten(0, 1), labels.flatten())
+        loss.backward()
+        step_losses.append(loss.item())
         torch.nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM)
         optimizer.step()
         optimizer.zero_grad()
     out = Path(work.out) / "peer"
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
-    return out
+    return out, step_losses
 
 
 def peer_model(work: Work) -> Any:
@@ -129,10 +147,10 @@ def peer_model(work: Work) -> Any:
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16,
+            bnb_4bit_compute_dtype=getattr(torch, work.dtype),
         )
     is_full = work.method == "full"
-    dtype = torch.float32 if is_full else torch.bfloat16
+    dtype = torch.float32 if is_full else getattr(torch, work.dtype)
     model = AutoModelForCausalLM.from_pretrained(
         work.model, dtype=dtype, quantization_config=quantization
     )
@@ -161,28 +179,22 @@ def padded(rows: list[Any]) -> tuple[Any, Any, Any]:
     return ids, (torch.arange(ids.shape[1]) < lengths[:, None]).long(), labels
 
 
-def peer_loss(model: Any, ids: Any, mask: Any, labels: Any) -> Any:
-    """Cross-entropy over the target tokens of a step, their mean."""
-    import torch
-    from torch.nn.functional import cross_entropy
-
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        logits = model(input_ids=ids, attention_mask=mask).logits
-    return cross_entropy(logits[:, :-1].float().flatten(0, 1), labels.flatten())
-
-
 def held_out_loss(work: Work, trained: Path) -> float:
     """The loss of either side's adapter or model, on our base."""
+    import torch
+
     import nibble
     from nibble.adapter.format import read_adapter
     from nibble.data.dataset import build_dataset
     from nibble.data.loader import eval_batches
-    from nibble.train.evaluate import evaluate
-    from nibble.train.trainer import EVAL_TOKENS
+    from nibble.train.evaluate import EVAL_TOKENS, evaluate
 
     is_full = work.method == "full"
-    storage = "nf4" if work.method == "qlora" else "bf16"
-    model, tokenizer = nibble.load_base(str(trained) if is_full else work.model, storage)
+    is_16bit = work.dtype == "bfloat16"
+    storage = "nf4" if work.method == "qlora" else "bf16" if is_16bit else "float32"
+    model, tokenizer = nibble.load_base(
+        str(trained) if is_full else work.model, storage, dtype=getattr(torch, work.dtype)
+    )
     if not is_full:
         read_adapter(model, trained)
     section = config(work).data.model_copy(update={"train": work.held_out})
@@ -190,8 +202,10 @@ def held_out_loss(work: Work, trained: Path) -> float:
     return evaluate(model, eval_batches(rows, max_tokens=EVAL_TOKENS)).loss
 
 
-def loss_of(options: argparse.Namespace, name: str, method: str, side: str, seed: int) -> float:
-    """The loss of one run, made now if it is not there."""
+def result_of(
+    options: argparse.Namespace, name: str, method: str, side: str, seed: int
+) -> dict[str, Any]:
+    """What one run left, which is made now if it is not there."""
     out = options.out / f"{name}-{method}-{side}-{options.steps}-{seed}"
     data = options.shared / "data" / name
     work = Work(
@@ -205,6 +219,7 @@ def loss_of(options: argparse.Namespace, name: str, method: str, side: str, seed
         steps=options.steps,
         batch_size=options.batch_size,
         max_length=options.max_length,
+        dtype=options.dtype,
     )
     found = out / "loss.json"
     if not found.exists():
@@ -215,7 +230,7 @@ def loss_of(options: argparse.Namespace, name: str, method: str, side: str, seed
     result = json.loads(found.read_text())
     if {key: result[key] for key in asdict(work)} != asdict(work):
         raise SystemExit(f"{found} is of other work; give another --out")
-    return result["loss"]
+    return result
 
 
 def ratio_of(ours: list[float], theirs: list[float]) -> tuple[float, float, float]:
@@ -228,27 +243,41 @@ def ratio_of(ours: list[float], theirs: list[float]) -> tuple[float, float, floa
     return math.exp(middle), math.exp(middle - apart), math.exp(middle + apart)
 
 
+def most_apart(ours: list[dict[str, Any]], theirs: list[dict[str, Any]], steps: int) -> float:
+    """The largest relative difference of a training loss in the first `steps` steps."""
+    pairs = [
+        pair
+        for a, b in zip(ours, theirs, strict=True)
+        for pair in zip(a["step_losses"][:steps], b["step_losses"][:steps], strict=True)
+    ]
+    return max(abs(a / b - 1) for a, b in pairs)
+
+
 def compare(options: argparse.Namespace) -> list[str]:
     """The table, and below it the verdict of each method."""
     lines = [
-        "| set | method | peer | ours, per seed | theirs, per seed | ratio | interval |",
-        "|---|---|---|---|---|---|---|",
+        "| set | method | peer | ours, per seed | theirs, per seed | ratio | interval "
+        f"| steps 1-{NUM_FIRST_STEPS} apart | all steps |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     verdicts = []
     for method in options.methods:
         ratios, lost = [], []
         for name in options.sets:
             ours, theirs = (
-                [loss_of(options, name, method, side, seed) for seed in options.seeds]
+                [result_of(options, name, method, side, seed) for seed in options.seeds]
                 for side in ("nibble", "peer")
             )
-            ratio, least, most = ratio_of(ours, theirs)
+            losses = [[result["loss"] for result in results] for results in (ours, theirs)]
+            ratio, least, most = ratio_of(*losses)
             ratios.append(ratio)
             lost += [name] if least > 1 else []
-            listed = (", ".join(f"{loss:.4f}" for loss in losses) for losses in (ours, theirs))
+            listed = (", ".join(f"{loss:.4f}" for loss in side) for side in losses)
+            apart = (most_apart(ours, theirs, n) for n in (NUM_FIRST_STEPS, options.steps))
             lines.append(
                 f"| {name} | {method} | {PEERS[method]} | {' | '.join(listed)} "
-                f"| {ratio:.4f} | {least:.4f} to {most:.4f} |"
+                f"| {ratio:.4f} | {f'{least:.4f} to {most:.4f}' if len(ours) > 1 else 'one seed'} "
+                f"| {' | '.join(f'{part:.1e}' for part in apart)} |"
             )
             print(lines[-1], flush=True)
         mean = statistics.mean(ratios)
@@ -271,6 +300,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--max-length", type=int, default=512)
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--write", action="store_true", help="Put the table into results/.")
     parser.add_argument("--work", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -285,13 +315,14 @@ def main() -> None:
         f"Device: {machine()}, {torch.get_num_threads()} thread(s). torch {torch.__version__}, "
         + ", ".join(f"{p} {version(p)}" for p in ("transformers", "peft", "bitsandbytes"))
         + f". Model base-16m; {options.steps} steps of {options.batch_size} rows cut at "
-        f"{options.max_length} tokens, seeds {options.seeds}.",
+        f"{options.max_length} tokens, {options.dtype}, seeds {options.seeds}.",
         "",
         *compare(options),
     ]
     print("\n".join(lines))
     if options.write:
-        write_results("quality_vs_peers", lines)
+        in_float32 = "_float32" if options.dtype == "float32" else ""
+        write_results(f"quality_vs_peers{in_float32}", lines)
 
 
 if __name__ == "__main__":

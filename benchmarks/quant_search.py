@@ -24,8 +24,7 @@ from nibble.data.dataset import build_dataset
 from nibble.data.loader import eval_batches
 from nibble.events import EvalEnd, read_events
 from nibble.kernels import nf4
-from nibble.train.evaluate import evaluate
-from nibble.train.trainer import EVAL_TOKENS
+from nibble.train.evaluate import EVAL_TOKENS, evaluate
 
 SETS = ("biomedical", "legal", "customer", "code", "maths")
 BASES: dict[str, dict[str, Any]] = {
