@@ -87,8 +87,9 @@ def _draw_loss(report: Report, axes: Any) -> None:
         held_out = sorted({step for run in method.runs for step in run.held_out})
         rows = [[r.held_out[step] for r in method.runs if step in r.held_out] for step in held_out]
         means = list(map(fmean, rows))
-        spread = [[m - min(row) for m, row in zip(means, rows, strict=True)]]
-        spread += [[max(row) - m for m, row in zip(means, rows, strict=True)]]
+        # The mean of equal values may be rounded to outside of them.
+        spread = [[max(0.0, m - min(row)) for m, row in zip(means, rows, strict=True)]]
+        spread += [[max(0.0, max(row) - m) for m, row in zip(means, rows, strict=True)]]
         axes.errorbar(
             held_out,
             means,

@@ -55,6 +55,15 @@ def test_a_line_is_the_mean_of_the_steps_before():
     assert plots._smooth({1: 3.0, 2: 5.0}) == {1: 3.0, 2: 5.0}
 
 
+def test_equal_values_have_no_spread(report_of):
+    from dataclasses import replace
+
+    # The mean of three times this is rounded to below it.
+    before = {0: 0.1, 10: 0.7}
+    found = plots.draw(report_of(change=lambda run: replace(run, held_out=before)))
+    assert len(found) == 3
+
+
 def test_parts_add_up_and_small_ones_are_one(report_of):
     from dataclasses import replace
 
