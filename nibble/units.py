@@ -1,17 +1,17 @@
 """Amounts as a person reads them."""
 
+_BINARY = ("B", "KiB", "MiB", "GiB")
 
-def size(num_bytes: float) -> str:
-    """Bytes in powers of two.
 
-    >>> size(1536)
-    '1.5 KiB'
+def size(num_bytes: float, beside: float | None = None) -> str:
+    """Bytes in powers of two; in the unit of another amount where it stands beside that.
+
+    >>> size(1536), size(1536, beside=3 * 2**20)
+    ('1.5 KiB', '0.0 MiB')
     """
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if num_bytes < 1024 or unit == "GiB":
-            return f"{num_bytes:.0f} B" if unit == "B" else f"{num_bytes:.1f} {unit}"
-        num_bytes /= 1024
-    raise AssertionError
+    measure = num_bytes if beside is None else beside
+    power = next((n for n in range(3) if measure < 1024 ** (n + 1)), 3)
+    return f"{num_bytes / 1024**power:.{min(power, 1)}f} {_BINARY[power]}"
 
 
 def gigabytes(num_bytes: float) -> str:

@@ -60,15 +60,14 @@ def _run(comparison: "Comparison", place: Path, as_json: bool) -> int:
     """Run, report, and give the exit code."""
     from nibble.experiment.compare import compare as run_all
     from nibble.experiment.render import print_page
-    from nibble.experiment.report import to_json
-    from nibble.experiment.write import write_report
+    from nibble.experiment.write import to_values, write_report
 
     with RunsBar(comparison) as bar:
         records = run_all(comparison, place, bar, measure=bar.measure)
     report = _report(comparison, place, records)
     page = write_report(report, place)
     if as_json:
-        typer.echo(progress.to_json(to_json(report)))
+        typer.echo(progress.to_json(to_values(report, page)))
     else:
         from rich.console import Console
 

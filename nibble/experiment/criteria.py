@@ -60,8 +60,10 @@ def written(estimate: Estimate | None, unit: Unit) -> str:
 
     >>> written(Estimate(3.6328, 3.6286, 3.6370, 3), "nats")
     '3.6328 ± 0.0042'
-    >>> written(Estimate(1536, 1536, 1536, 3), "bytes")
-    '1.5 KiB'
+    >>> written(Estimate(1536, 1436, 1636, 3), "bytes")
+    '1.5 KiB ± 0.1 KiB'
+    >>> written(Estimate(16.2, 9.1, 23.3, 3), "seconds")
+    '16 s ± 7 s'
     >>> written(None, "bytes")
     '-'
     """
@@ -73,20 +75,22 @@ def written(estimate: Estimate | None, unit: Unit) -> str:
     value, half = plain(estimate.value, unit), estimate.half_width
     if half is None:
         return value
-    spread = plain(half, unit)
-    return value if spread == plain(0.0, unit) else f"{value} ± {spread}"
+    spread = plain(half, unit, beside=estimate.value)
+    none = plain(0.0, unit, beside=estimate.value)
+    return value if spread == none else f"{value} ± {spread}"
 
 
-def plain(value: float, unit: Unit) -> str:
-    """A figure with its unit.
+def plain(value: float, unit: Unit, *, beside: float | None = None) -> str:
+    """A figure with its unit, to the digits of another where it stands beside that.
 
     >>> plain(0.4187, "seconds"), plain(754.2, "seconds"), plain(0.314, "share")
     ('0.419 s', '754 s', '31.4 %')
     """
     if unit == "bytes":
-        return size(value)
+        return size(value, beside)
     if unit == "seconds":
-        return f"{value:.3f} s" if abs(value) < 10 else f"{value:,.0f} s"
+        is_short = abs(value if beside is None else beside) < 10
+        return f"{value:.3f} s" if is_short else f"{value:,.0f} s"
     if unit == "nats":
         return f"{value:.4f}"
     if unit in ("share", "cut"):

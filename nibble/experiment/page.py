@@ -94,6 +94,8 @@ def _body(page: Page, pictures: Sequence[Picture]) -> Iterator[str]:
     yield "</dl>"
     yield "<h2>Which to use</h2>"
     yield f'<p class="answer">{escape(" ".join(page.answer))}</p>'
+    yield f"<h2>{escape(page.summary.title)}</h2>"
+    yield from _table("The most important figures", page.summary.columns, [page.summary])
     yield "<h2>Six criteria</h2>"
     yield from _table("Figures by method", page.groups[0].columns, page.groups)
     for other in page.others:

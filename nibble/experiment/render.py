@@ -42,6 +42,8 @@ def print_page(page: Page, console: "Console") -> None:
     for other in page.others:
         console.print(f"\n[bold]{escape(other.title)}[/bold]  {escape(other.about)}")
         console.print(shown(other.columns, [other]))
+    console.print(f"\n[bold]{escape(page.summary.title)}[/bold]")
+    console.print(shown(page.summary.columns, [page.summary]))
     console.print("\n[bold]Which to use[/bold]")
     console.print(escape(" ".join(page.answer)))
     console.print("\n[bold]Notes[/bold]")
@@ -54,7 +56,7 @@ def to_markdown(page: Page, pictures: Sequence[tuple[str, str]]) -> str:
     lines = [f"# {page.title}", ""]
     lines += [f"- {name}: {_cell(value)}" for name, value in page.facts]
     lines += ["", "## Which to use", "", " ".join(page.answer), ""]
-    for table in page.groups:
+    for table in (page.summary, *page.groups):
         lines += [f"## {table.title}", "", *_markdown_table(table), ""]
     for table in page.others:
         lines += [f"## {table.title}", "", table.about, "", *_markdown_table(table), ""]

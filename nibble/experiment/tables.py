@@ -4,12 +4,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from nibble.experiment.criteria import BY_KEY, CRITERIA, GROUPS, plain, written
+from nibble.experiment.criteria import BY_KEY, CRITERIA, GROUPS, written
 from nibble.experiment.measure import SHORT_TOKENS
 from nibble.experiment.project import OnDevice
 from nibble.experiment.report import FINISHED, Difference, Method, Report
 from nibble.experiment.verdict import beside_lora, verdict
 from nibble.units import counted, size
+
+# Runs of one method that differ more than so many times in speed had different machines.
+UNEVEN = 1.25
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,7 @@ class Page:
 
     Attributes:
         answer: Sentences of one paragraph.
+        summary: A row for each of the six criteria; its columns are the methods.
         groups: A table for each of the six criteria; their columns are the methods.
         others: Tables with columns of their own.
         notes: What a reader should know of the figures.
@@ -36,6 +40,7 @@ class Page:
     title: str
     facts: tuple[tuple[str, str], ...]
     answer: tuple[str, ...]
+    summary: Table
     groups: tuple[Table, ...]
     others: tuple[Table, ...]
     notes: tuple[str, ...]
@@ -50,6 +55,7 @@ def build_page(report: Report) -> Page:
         title=f"{', '.join(names)} on the same work",
         facts=tuple(_facts(report)),
         answer=tuple(verdict(report)),
+        summary=Table("In six rows", ("", *names), tuple(_six_rows(report))),
         groups=(outcome, *(group for group in groups if group.rows)),
         others=tuple(_other_tables(report)),
         notes=tuple(_notes(report)),
@@ -89,6 +95,54 @@ def _outcome_rows(report: Report) -> Iterator[tuple[str, ...]]:
     yield ("finished", *(f"{len(m.runs)} of {m.num_runs}" for m in report.methods))
     if any(method.status != FINISHED for method in report.methods):
         yield ("outcome", *(method.status for method in report.methods))
+
+
+def _six_rows(report: Report) -> Iterator[tuple[str, ...]]:
+    """What matters most of each criterion; of a method without a run, how it ended."""
+    for group, told in zip(GROUPS, _MOST, strict=True):
+        yield (group, *(told(m) if m.runs else m.status for m in report.methods))
+
+
+def _size(method: Method) -> str:
+    base, saved, share = _told(method, "base_bytes", "saved_bytes", "saved_share")
+    return f"base {base}, saved {saved} ({share} of it)"
+
+
+def _time(method: Method) -> str:
+    whole, step, rate = _told(method, "train_seconds", "step_seconds", "tokens_per_s")
+    return f"{whole}; a step {step}; {rate} tokens/s"
+
+
+def _memory(method: Method) -> str:
+    cuts = [f"{cut} than full" for cut in _told(method, "cut_from_full")]
+    return ", ".join([*_told(method, "peak_memory_bytes"), *cuts])
+
+
+def _quality(method: Method) -> str:
+    told = [f"held-out loss {found}" for found in _told(method, "eval_loss")]
+    told += [f"tokens right {found}" for found in _told(method, "token_accuracy")]
+    told += [f"short answers right {found}" for found in _told(method, "exact_match")]
+    told += [f"forgot {found} nats" for found in _told(method, "forgetting")]
+    return "; ".join(told) or "-"
+
+
+def _setting_up(method: Method) -> str:
+    own = _settings(method.own_settings) or "the settings of all"
+    return f"{own}; {counted(len(method.warnings), 'warning')}"
+
+
+def _hardware(method: Method) -> str:
+    return _smallest(method.smallest) if method.devices else "-"
+
+
+def _told(method: Method, *keys: str) -> list[str]:
+    """Those figures that there are, as they are written."""
+    found = [(method.figures.get(key), BY_KEY[key].unit) for key in keys]
+    return [written(one, unit) for one, unit in found if one is not None]
+
+
+# By criterion, in the order of GROUPS.
+_MOST = (_size, _time, _memory, _quality, _setting_up, _hardware)
 
 
 def _rows(report: Report, group: str) -> Iterator[tuple[str, ...]]:
@@ -145,17 +199,19 @@ def _other_tables(report: Report) -> Iterator[Table]:
 def _difference_row(found: Difference) -> tuple[str, ...]:
     criterion = BY_KEY[found.key]
     value, unit = found.found, criterion.unit
+    points = " points" if unit == "share" else ""
     interval = "one seed"
     if value.low is not None and value.high is not None:
-        interval = f"{_signed(value.low, unit)} to {_signed(value.high, unit)}"
+        interval = f"{_signed(value.low, unit)} to {_signed(value.high, unit)}{points}"
     is_told = "one seed" if value.low is None else "yes" if value.is_apart_from_0 else "no"
     title = f"{criterion.title}: {found.ours} - {found.theirs}"
     share = "-" if found.key == "forgetting" else f"{100 * found.share:+.2f} %"
-    return title, _signed(value.value, unit), interval, share, is_told
+    return title, f"{_signed(value.value, unit)}{points}", interval, share, is_told
 
 
 def _signed(value: float, unit: Any) -> str:
-    return f"{'+' if value >= 0 else ''}{plain(value, unit)}"
+    """With its sign; a share in points."""
+    return f"{100 * value:+.1f}" if unit == "share" else f"{value:+.4f}"
 
 
 def _on_device(method: Method, device: str) -> str:
@@ -177,7 +233,7 @@ def _price(cost: float | None) -> str:
 
 def _span(seconds: float) -> str:
     if seconds < 120:
-        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+        return "< 0.1 s" if seconds < 0.1 else f"{seconds:.{1 if seconds < 10 else 0}f} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
@@ -186,6 +242,7 @@ def _notes(report: Report) -> Iterator[str]:
     yield from (f"{method.name}: {method.reason}" for method in report.methods if method.reason)
     yield from filter(None, [beside_lora(report)])
     yield from _how_measured(report)
+    yield from _uneven(report)
     if report.differs:
         yield f"Not the same in all runs, so compare with care: {', '.join(report.differs)}."
     warned: dict[str, list[str]] = {}
@@ -217,6 +274,17 @@ def _how_measured(report: Report) -> Iterator[str]:
         yield (
             f"Forgetting is measured on {report.num_general_tokens:,} tokens of general text; "
             "before training that is the base as the method stores it."
+        )
+
+
+def _uneven(report: Report) -> Iterator[str]:
+    """A machine that was not always as fast."""
+    rates = [[run.values["tokens_per_s"] for run in m.runs] for m in report.finished]
+    most = max((max(found) / min(found) for found in rates), default=1.0)
+    if most > UNEVEN:
+        yield (
+            f"Runs of one method differ up to {most:.1f} times in speed: this machine did "
+            "something else as well. Take times with care; losses and memory are not touched."
         )
 
 

@@ -8,6 +8,7 @@ report.html    everything in one file
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from nibble.disk import disk_errors, replace_file
 from nibble.experiment.page import to_html
@@ -15,6 +16,19 @@ from nibble.experiment.plots import draw, has_matplotlib
 from nibble.experiment.render import to_markdown
 from nibble.experiment.report import Report, to_json
 from nibble.experiment.tables import Page, build_page
+
+
+def to_values(report: Report, page: Page) -> dict[str, Any]:
+    """What report.json holds: the figures, and the sentences that a person reads."""
+    _, *methods = page.summary.columns
+    return {
+        **to_json(report),
+        "answer": " ".join(page.answer),
+        "summary": {
+            name: dict(zip(methods, cells, strict=True)) for name, *cells in page.summary.rows
+        },
+        "notes": list(page.notes),
+    }
 
 
 def write_report(report: Report, place: Path) -> Page:
@@ -29,7 +43,7 @@ def write_report(report: Report, place: Path) -> Page:
         page = replace(page, notes=(*page.notes, note))
     listed = [(f"{picture.name}.png", picture.alt) for picture in pictures]
     texts = {
-        "report.json": json.dumps(to_json(report), indent=2, ensure_ascii=False) + "\n",
+        "report.json": json.dumps(to_values(report, page), indent=2, ensure_ascii=False) + "\n",
         "report.md": to_markdown(page, listed),
         "report.html": to_html(page, pictures),
     }

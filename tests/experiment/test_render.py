@@ -20,6 +20,7 @@ def test_where_it_is_no_terminal_there_are_no_frames_and_no_colours(report_of):
     assert "\x1b" not in text
     assert not set(text) & set("─━│┃")
     assert "held-out loss after" in text
+    assert "In six rows" in text
     assert "Use full here." in text
 
 
@@ -39,11 +40,12 @@ def test_brackets_are_text(report_of):
 def test_markdown_has_every_row_and_picture(report_of):
     page = build_page(report_of())
     text = to_markdown(page, [("loss.png", "Loss over steps.")])
-    for table in (*page.groups, *page.others):
+    shown = (page.summary, *page.groups, *page.others)
+    for table in shown:
         assert f"## {table.title}" in text
     lines = text.splitlines()
     tables = [at for at, line in enumerate(lines) if line.startswith("|---")]
-    assert len(tables) == len(page.groups) + len(page.others)
+    assert len(tables) == len(shown)
     for at in tables:
         assert lines[at - 1].count("|") == lines[at].count("|") == lines[at + 1].count("|")
     assert "![Loss over steps.](loss.png)" in text

@@ -15,7 +15,11 @@ def test_all_files_are_written_and_written_again(report_of, tmp_path):
     assert names == {
         "report.json", "report.md", "report.html", "loss.png", "memory.png", "speed.png",
     }  # fmt: skip
-    assert json.loads((tmp_path / "report.json").read_text())["version"] == 1
+    values = json.loads((tmp_path / "report.json").read_text())
+    assert values["version"] == 1
+    assert values["answer"] == " ".join(page.answer)
+    assert values["notes"] == list(page.notes)
+    assert values["summary"]["Memory"]["lora"] == page.summary.rows[2][1]
     assert page.answer[0] in (tmp_path / "report.md").read_text()
     assert page.answer[0] in (tmp_path / "report.html").read_text()
 
