@@ -23,6 +23,7 @@ def to_values(report: Report, page: Page) -> dict[str, Any]:
     _, *methods = page.summary.columns
     return {
         **to_json(report),
+        "facts": dict(page.facts),
         "answer": " ".join(page.answer),
         "summary": {
             name: dict(zip(methods, cells, strict=True)) for name, *cells in page.summary.rows

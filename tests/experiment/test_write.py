@@ -18,6 +18,7 @@ def test_all_files_are_written_and_written_again(report_of, tmp_path):
     values = json.loads((tmp_path / "report.json").read_text())
     assert values["version"] == 1
     assert values["answer"] == " ".join(page.answer)
+    assert values["facts"]["model"] == "some/model"
     assert values["notes"] == list(page.notes)
     assert values["summary"]["Memory"]["lora"] == page.summary.rows[2][1]
     assert page.answer[0] in (tmp_path / "report.md").read_text()
