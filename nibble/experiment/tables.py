@@ -137,8 +137,8 @@ def _hardware(method: Method) -> str:
 
 def _told(method: Method, *keys: str) -> list[str]:
     """Those figures that there are, as they are written."""
-    found = [(method.figures.get(key), BY_KEY[key].unit) for key in keys]
-    return [written(one, unit) for one, unit in found if one is not None]
+    found = {key: method.figures.get(key) for key in keys}
+    return [written(one, BY_KEY[key].unit) for key, one in found.items() if one is not None]
 
 
 # By criterion, in the order of GROUPS.
