@@ -16,6 +16,7 @@ from nibble.commands import (
     demo,
     doctor,
     evaluate,
+    launch,
     plan,
     replay,
     sweep,
@@ -38,6 +39,7 @@ app.command("replay")(replay.replay)
 app.command("sweep")(sweep.sweep)
 app.command("eval")(evaluate.evaluate)
 app.command("compare")(compare.compare)
+app.command("launch")(launch.launch)
 app.command("chat")(chat.chat)
 app.command("doctor")(doctor.doctor)
 app.command("schema")(config.schema)
