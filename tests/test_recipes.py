@@ -1,6 +1,9 @@
 """Every recipe: its keys, the command at its top, and two steps of it."""
 
+import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -55,6 +58,15 @@ def test_the_command_at_its_top_compares_three_methods(recipe):
     assert tuple(comparison.runs) == METHODS
     rates = {method: run.optim.lr for method, run in comparison.runs.items()}
     assert rates == {"lora": 4e-3, "qlora": 4e-3, "full": 3e-4}
+
+
+def test_pages_of_domains_say_what_their_reports_say():
+    command = [sys.executable, "benchmarks/domains.py", "--check"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for page in (ROOT / "docs" / "domains").glob("*.md"):
+        for link in re.findall(r"\]\(([^)]+)\)", page.read_text(encoding="utf-8")):
+            assert (page.parent / link).exists(), f"{page.name}: {link}"
 
 
 def test_it_trains(recipe, shared, tmp_path):

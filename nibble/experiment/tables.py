@@ -284,7 +284,7 @@ def _uneven(report: Report) -> Iterator[str]:
     if most > UNEVEN:
         yield (
             f"Runs of one method differ up to {most:.1f} times in speed: this machine did "
-            "something else as well. Take times with care; losses and memory are not touched."
+            "something else as well. Take times with care; losses are not touched."
         )
 
 
