@@ -12,6 +12,8 @@ from nibble.experiment.report import Method, Report
 
 # Told apart without colours too: see the markers. Source: Okabe and Ito 2008.
 _COLOURS = {"lora": "#0072b2", "qlora": "#d55e00", "full": "#009e73"}
+# What is drawn over another line leaves gaps: the two often have one course.
+_LINES = {"lora": "-", "qlora": (0, (4, 3)), "full": "-"}
 _MARKERS = {"lora": "o", "qlora": "s", "full": "^"}
 _PARTS = ("#56b4e9", "#e69f00", "#009e73", "#cc79a7", "#0072b2", "#d55e00", "#f0e442")
 _INK = {False: "#1d2329", True: "#e6edf3"}
@@ -80,7 +82,8 @@ def _draw_loss(report: Report, axes: Any) -> None:
         curves = [_smooth(run.losses) for run in method.runs]
         steps = sorted(set.intersection(*(set(curve) for curve in curves)))
         columns = [[curve[step] for curve in curves] for step in steps]
-        axes.plot(steps, list(map(fmean, columns)), color=colour, label=f"{method.name}, training")
+        style, label = _LINES[method.name], f"{method.name}, training"
+        axes.plot(steps, list(map(fmean, columns)), color=colour, linestyle=style, label=label)
         axes.fill_between(
             steps, list(map(min, columns)), list(map(max, columns)), color=colour, alpha=0.25, lw=0
         )

@@ -64,6 +64,17 @@ def test_equal_values_have_no_spread(report_of):
     assert len(found) == 3
 
 
+def test_lines_of_one_course_are_all_seen(report_of):
+    from matplotlib.figure import Figure
+
+    axes = Figure().subplots()
+    plots._draw_loss(report_of(), axes)
+    lines = {line.get_label(): line for line in axes.get_lines()}
+    under, over = lines["lora, training"], lines["qlora, training"]
+    assert not under.is_dashed()
+    assert over.is_dashed()
+
+
 def test_parts_add_up_and_small_ones_are_one(report_of):
     from dataclasses import replace
 
