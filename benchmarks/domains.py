@@ -157,8 +157,8 @@ def overview(reports: dict[str, dict[str, Any]]) -> Iterator[str]:
     columns = ("domain", *(f"peak, {m}" for m in METHODS), *(f"all steps, {m}" for m in METHODS))
     yield from _table(columns, [(_link(n), *_costs(r)) for n, r in reports.items()])
     yield from ("", "On one thread of a machine that had other work for most of the time: a wide")
-    yield "interval of a time says how uneven that was. Where little memory was free, full took"
-    yield "fewer rows a pass, which lowers its peak. Losses are not touched by either."
+    yield "interval of a time says how uneven that was. For full the plan chose other rows a"
+    yield "pass with some seeds, the fastest by its forecast, and its peak moves with them."
     yield from ("", "## Beside PEFT and bitsandbytes", "")
     yield "The peers' figures are of one seed, 80 steps and the same settings"
     yield "(`benchmarks/held_out_loss.py` has them). Our held-out loss over theirs, where ours is"
