@@ -21,6 +21,9 @@ printf '%s\0' "$PWD" "${PET_NNODES-}" "${PET_MASTER_ADDR-}" "${PET_MASTER_PORT-}
     > "$NOTES/words-$me"
 trap 'echo TERM > "$NOTES/signal-$me"; exit 75' TERM
 echo > "$NOTES/began-$me"
+for code in "$NOTES"/code-*; do
+    [[ $(cat "$code") != wait ]] || until [[ -e ${code/code/began} ]]; do sleep 0.02; done
+done
 code=$(cat "$NOTES/code-$me")
 [[ $code != kill ]] || kill -KILL $$
 [[ $code == wait ]] || exit "$code"
@@ -52,6 +55,7 @@ class Machines:
         }.items():
             path.write_text(text)
             path.chmod(path.stat().st_mode | stat.S_IXUSR)
+        self.started = []
         self.codes("0", "0")
         (self.notes / "state").write_text("RUNNING\n")
         self.environment = {
@@ -69,7 +73,16 @@ class Machines:
         path = self.folder / "script"
         path.write_text(script)
         assert subprocess.run(["bash", "-n", path]).returncode == 0
-        return subprocess.Popen(["bash", path], env=self.environment, cwd=self.folder)
+        process = subprocess.Popen(
+            ["bash", path], env=self.environment, cwd=self.folder, preexec_fn=_heed_signals
+        )
+        self.started.append(process)
+        return process
+
+    def close(self):
+        for process in self.started:
+            process.kill()
+            process.wait()
 
     def run(self, script):
         return self.start(script).wait(30)
@@ -95,7 +108,15 @@ class Machines:
 
 @pytest.fixture
 def machines(tmp_path):
-    return Machines(tmp_path)
+    found = Machines(tmp_path)
+    yield found
+    found.close()
+
+
+def _heed_signals():
+    """A shell cannot trap what was ignored when it began, as under `nohup`."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 @pytest.fixture
