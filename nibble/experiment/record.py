@@ -18,11 +18,11 @@ from typing import Any
 
 from nibble.config import RunConfig
 from nibble.disk import disk_errors, replace_file
-from nibble.errors import FolderInUseError
+from nibble.errors import FolderInUseError, UsageError
 from nibble.experiment.grid import Trial
 from nibble.experiment.placement import Need
 from nibble.train import folder
-from nibble.train.owner import LOCK_FILE, held
+from nibble.train.owner import LOCK_FILE, held, is_held
 
 SWEEP_FILE = "sweep.json"
 
@@ -79,7 +79,7 @@ def read_record(out: Path, trials: Sequence[Trial], *, has_halving: bool) -> lis
     if not path.is_file():
         return []
     with disk_errors(f"cannot read {path}"):
-        text = path.read_text(encoding="utf-8")
+        text = path.read_bytes()
     try:
         values = json.loads(text)
         stored = {entry["name"]: entry for entry in values["runs"]}
@@ -87,10 +87,10 @@ def read_record(out: Path, trials: Sequence[Trial], *, has_halving: bool) -> lis
         if is_same:
             found = [trial for trial in trials if trial.name in stored]
             return [_planned(trial, stored[trial.name]) for trial in found]
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (ValueError, TypeError, KeyError, AttributeError, UsageError):
         stored = {}
-    # Before anything was trained a wrong value can be corrected.
-    if not stored or any(folder.has_begun(out / name) for name in stored):
+    # Before anything was trained a wrong value can be corrected, unless a run is at it.
+    if not stored or any(folder.has_begun(out / name) or is_held(out / name) for name in stored):
         raise FolderInUseError(
             f"{out} holds another sweep", fix="choose another --out, or run it with its own values"
         )

@@ -20,7 +20,7 @@ from nibble.experiment.follow import Followed
 from nibble.experiment.halving import decide
 from nibble.experiment.placement import Place, assign, fits_alone
 from nibble.experiment.record import Planned
-from nibble.train import folder
+from nibble.train import folder, owner
 from nibble.train.interrupt import StopSignal
 from nibble.units import gigabytes
 
@@ -195,11 +195,13 @@ def _tick(course: Course) -> bool:
 def _take_end(row: Row, ended: Ended) -> None:
     row.followed.update()
     row._handle, row.reason = None, ended.reason
+    # It may be held by another process for a while, or hold something else for good.
+    is_in_use = ended.exit_code == FolderInUseError.exit_code
     if ended.is_finished:
         row.state = "finished"
-    elif ended.exit_code == FolderInUseError.exit_code:
+    elif is_in_use and owner.is_held(row.followed.out):
         row.state, row._not_before = "waiting", time.monotonic() + RETRY_SECONDS
-    elif ended.is_resumable and not _is_in_vain(row):
+    elif (is_in_use or ended.is_resumable) and not _is_in_vain(row):
         row.state = "waiting"
         # At once after some steps; what ends before its first step is given time.
         row._not_before = time.monotonic() + RETRY_SECONDS * (row._vain[1] - 1)

@@ -81,6 +81,17 @@ def held(folder: Path) -> Iterator[None]:
                 _write_line(file, None)
 
 
+def is_held(folder: Path) -> bool:
+    """Whether a process holds the folder."""
+    if not (folder / LOCK_FILE).is_file():
+        return False
+    try:
+        with held(folder):
+            return False
+    except FolderInUseError:
+        return True
+
+
 def _locked(folder: Path) -> BinaryIO:
     """The lock file, locked and with our line; the one that the name stands for by then."""
     path = folder / LOCK_FILE

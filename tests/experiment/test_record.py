@@ -6,6 +6,7 @@ from nibble.errors import FolderInUseError
 from nibble.experiment import record
 from nibble.experiment.placement import Need
 from nibble.experiment.record import Planned
+from nibble.train.owner import held
 
 
 def _write(out, planned, **options):
@@ -45,6 +46,27 @@ def test_another_sweep_is_refused_once_something_was_trained(tmp_path, stub, cha
     (tmp_path / "run-2" / "checkpoints").mkdir(parents=True)
     with pytest.raises(FolderInUseError, match="holds another sweep"):
         change(tmp_path, other)
+
+
+def test_another_sweep_is_refused_while_a_run_is_at_work(tmp_path, stub):
+    """A run of a killed sweep, before its first checkpoint, would be taken for one of the new."""
+    _write(tmp_path, stub([0.01, 0.02], [1, 1]))
+    other = stub([0.01, 0.03], [1, 1])
+    with held(tmp_path / "run-2"), pytest.raises(FolderInUseError, match="holds another sweep"):
+        _read(tmp_path, other)
+    assert _read(tmp_path, other) == []
+
+
+def test_a_record_that_cannot_be_read_is_another_sweep(tmp_path, stub):
+    planned = stub([0.01], [1])
+    _write(tmp_path, planned)
+    text = (tmp_path / "sweep.json").read_bytes()
+    wrong = text.replace(b'"planned": {', b'"planned": {"optim.no": 1')
+    for content in (b"\xff", wrong):
+        assert content != text
+        (tmp_path / "sweep.json").write_bytes(content)
+        with pytest.raises(FolderInUseError, match="holds another sweep"):
+            _read(tmp_path, planned)
 
 
 def test_with_halving_it_is_another_sweep(tmp_path, stub):

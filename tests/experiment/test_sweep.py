@@ -193,6 +193,15 @@ def test_a_run_whose_folder_is_held_waits_for_it(tmp_path, stub, monkeypatch):
     assert _num_finished(tmp_path) == 1
 
 
+def test_a_run_whose_folder_holds_something_else_has_failed(tmp_path, stub, monkeypatch):
+    monkeypatch.setattr(sweep, "RETRY_SECONDS", 0.1)
+    (tmp_path / "run-1").mkdir()
+    (tmp_path / "run-1" / "thesis.txt").touch()
+    rows = sweep.run_sweep(tmp_path, stub([0.01], [1]), Machine(lambda: [Place("a", 1)]))
+    assert (rows[0].state, rows[0].exit_code) == ("failed", 73)
+    assert "holds something else" in rows[0].reason
+
+
 @pytest.mark.parametrize("num_workers", [1, 3])
 def test_halving_leaves_the_worse_half_behind_at_each_rung(tmp_path, stub, num_workers):
     planned = stub([0.03, 0.01, 0.04, 0.02, 0.05], [1] * 5, "train.eval_every=5", steps=20)

@@ -16,7 +16,7 @@ import pytest
 
 from nibble.errors import DiskError, FolderInUseError
 from nibble.train import owner
-from nibble.train.owner import LOCK_FILE, Owner, held
+from nibble.train.owner import LOCK_FILE, Owner, held, is_held
 
 RACER = Path(__file__).with_name("racer.py")
 
@@ -45,6 +45,16 @@ def test_the_line_says_who_holds_it_and_goes_with_it(tmp_path):
     assert (tmp_path / LOCK_FILE).read_text() == ""
     with held(tmp_path):
         pass
+
+
+def test_whether_a_folder_is_held(tmp_path):
+    assert not is_held(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    with held(tmp_path):
+        assert is_held(tmp_path)
+        assert _line(tmp_path)["pid"] == os.getpid()
+    (tmp_path / LOCK_FILE).touch()
+    assert not is_held(tmp_path)
 
 
 def test_a_folder_in_which_nothing_was_put_is_gone(tmp_path):
