@@ -200,8 +200,8 @@ def train_words(run: RunConfig, out: str, gpus: int, *, anyway: bool = False) ->
 def name_of(out: str, storage: str = "") -> str:
     """A name that every kind of place takes, of at most 48 characters.
 
-    >>> name_of("/work/runs/First try")
-    'nibble-first-try-be5d4a01'
+    >>> name_of("/data/runs/First try")
+    'nibble-first-try-2aa08006'
     """
     text = re.sub(r"[^a-z0-9]+", "-", posixpath.basename(out).lower())[:30].strip("-")
     digest = hashlib.sha256(f"{storage}\0{out}".encode(errors="surrogatepass")).hexdigest()[:8]
