@@ -32,14 +32,14 @@ from typing import Any
 
 from recording import machine, write_results
 
+from nibble.experiment.statistics import estimate
+
 SETS = ("biomedical", "legal", "customer", "code", "maths")
 PEERS = {"lora": "PEFT", "qlora": "PEFT + bitsandbytes", "full": "torch + transformers"}
 RATES = {"lora": 4e-3, "qlora": 4e-3, "full": 3e-4}
 RANK, ALPHA, WARMUP, MAX_GRAD_NORM = 16, 32, 0.03, 1.0
 MOST_RATIO = 1.005
 NUM_FIRST_STEPS = 3
-# Two-sided 95 % of Student's t, for 1 to 9 degrees of freedom.
-T95 = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
 @dataclass(frozen=True)
@@ -235,12 +235,11 @@ def result_of(
 
 def ratio_of(ours: list[float], theirs: list[float]) -> tuple[float, float, float]:
     """The geometric mean of ratios of the same seeds, and its interval of 95 %."""
-    logs = [math.log(a / b) for a, b in zip(ours, theirs, strict=True)]
-    middle = statistics.mean(logs)
-    if len(logs) == 1:
-        return math.exp(middle), 0.0, math.inf
-    apart = T95[len(logs) - 2] * statistics.stdev(logs) / math.sqrt(len(logs))
-    return math.exp(middle), math.exp(middle - apart), math.exp(middle + apart)
+    found = estimate([math.log(a / b) for a, b in zip(ours, theirs, strict=True)])
+    assert found is not None
+    if found.low is None or found.high is None:
+        return math.exp(found.value), 0.0, math.inf
+    return math.exp(found.value), math.exp(found.low), math.exp(found.high)
 
 
 def most_apart(ours: list[dict[str, Any]], theirs: list[dict[str, Any]], steps: int) -> float:
