@@ -12,7 +12,7 @@ demo: $(INSTALLED)
 	$(BIN)/nibble demo
 
 test: $(INSTALLED)-test
-	$(BIN)/python -m pytest -n 2 -m "not gpu and not slow"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu and not slow"
 
 # Forty minutes at most on two cores: kills, mutations, races and fuzz in full; prints the figures.
 torture: $(INSTALLED)-test
