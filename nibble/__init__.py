@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 from nibble.environment import bound_caches
 
 if TYPE_CHECKING:
+    from nibble.adapter.certificate import Certificate
     from nibble.adapter.format import read_adapter, write_adapter
+    from nibble.api import merge
     from nibble.config import RunConfig, load_config
     from nibble.kernels.nf4 import Quantized, dequantize, quantize
     from nibble.model.adapt import AdaptedLayers, adapt
@@ -29,6 +31,7 @@ bound_caches()
 
 _HOME = {
     "AdaptedLayers": "nibble.model.adapt",
+    "Certificate": "nibble.adapter.certificate",
     "Quantized": "nibble.kernels.nf4",
     "Plan": "nibble.plan.plan",
     "Result": "nibble.train.result",
@@ -38,6 +41,7 @@ _HOME = {
     "generate": "nibble.serve.generate",
     "load_base": "nibble.model.load",
     "load_config": "nibble.config",
+    "merge": "nibble.api",
     "quantize": "nibble.kernels.nf4",
     "read_adapter": "nibble.adapter.format",
     "write_adapter": "nibble.adapter.format",
@@ -47,6 +51,7 @@ _CALLABLE_ROOMS = {"plan", "train"}
 
 __all__ = [
     "AdaptedLayers",
+    "Certificate",
     "Plan",
     "Quantized",
     "Result",
@@ -56,6 +61,7 @@ __all__ = [
     "generate",
     "load_base",
     "load_config",
+    "merge",
     "plan",
     "quantize",
     "read_adapter",

@@ -1,17 +1,27 @@
 """Public functions that span several rooms."""
 
 import json
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping
 from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-from nibble.config import RunConfig, check_named, check_run
-from nibble.data.dataset import Dataset
-from nibble.errors import DataError, UnavailableError
+from nibble.adapter.certificate import Certificate
+from nibble.adapter.format import read_adapter_config
+from nibble.adapter.merge import Merge, adapter_folder, base_options_of
+from nibble.adapter.merge import merge as merge_job
+from nibble.config import DataConfig, RunConfig, check_named, check_run
+from nibble.data.dataset import Dataset, build_dataset
+from nibble.data.packing import Row
+from nibble.errors import DataError, UnavailableError, UsageError
 from nibble.events import Emit
+from nibble.model.files import find_tokenizer
+from nibble.model.tokenizer import load_tokenizer
 from nibble.plan.devices import Device
 from nibble.plan.plan import Plan, concrete, make_plan
 from nibble.train import folder, trainer
+from nibble.train.build import base_options
 from nibble.train.distributed import Ranks, joined
 from nibble.train.job import open_keys
 from nibble.train.launch import place_here
@@ -80,6 +90,66 @@ def train_held(
         return trainer.train(
             run, emit, plan=plan, dataset=dataset, allow_change=allow_change, ranks=ranks
         )
+
+
+def merge(
+    adapter: str | Path,
+    out: str | Path,
+    *,
+    model: str = "",
+    onto: str = "auto",
+    data: str = "",
+    options: Mapping[str, Any] | None = None,
+    anyway: bool = False,
+    tell: Callable[[str], None] = lambda what: None,
+) -> Certificate:
+    """Write a model with an adapter merged in, measured against base and adapter.
+
+    Args:
+        adapter: An adapter folder, or the folder of its run.
+        out: A new or empty folder.
+        model: Folder or hub id of the base; empty takes what the adapter names.
+        onto: "16bit", "dequantized" (the 4-bit base that QLoRA trains on), "4bit", "4bit-search",
+            or "auto": the one with the lowest held-out loss.
+        data: Held-out examples; empty takes those of the run that the adapter stands in. Without
+            any, nothing is measured, and "auto" is what the adapter was trained on.
+        options: Arguments of `load_base` that say how the base was kept in training, where the
+            adapter does not.
+        anyway: Keep a model that is outside the bounds.
+        tell: Receives what is done next, for a person.
+
+    Raises:
+        AdapterError: If the adapter is broken, or rounding or another base loses what it learnt.
+        NibbleError: Another of its kinds; see `nibble.errors`.
+    """
+    place = adapter_folder(Path(adapter))
+    run = folder.read_run(place.parent)
+    config = read_adapter_config(place)
+    if not (model or config.base):
+        raise UsageError(f"{place} does not name its base", fix="give the base: --model")
+    kept = ("storage", "dtype", "quant")
+    known = {} if run is None else {key: base_options(run)[key] for key in kept}
+    job = Merge(
+        place,
+        model or config.base,
+        None if model else config.revision,
+        base_options_of(place, known, options or {}),
+    )
+    job = replace(job, rows=_held_out(job, run, data))
+    return merge_job(job, Path(out), onto, anyway=anyway, tell=tell)
+
+
+def _held_out(job: Merge, run: RunConfig | None, data: str) -> list[Row]:
+    """Held-out rows: of a file, or of the run."""
+    if not data and (run is None or not run.data.eval):
+        return []
+    tokenizer = load_tokenizer(find_tokenizer(job.model))
+    if data:
+        section = DataConfig() if run is None else run.data
+        changed = {"train": data, "eval": None, "packing": False}
+        return build_dataset(section.model_copy(update=changed), tokenizer, seed=0).train
+    assert run is not None, "there is a run"
+    return build_dataset(run.data, tokenizer, seed=run.train.seed).eval
 
 
 def _planned(

@@ -3,6 +3,7 @@
     adapter_config.json         rank, alpha, targets, base
     adapter_model.safetensors   base_model.model.<layer>.lora_A.weight (R, I), .lora_B.weight (O, R)
 
+The metadata of the second say how the base was kept in training, which the first has no key for.
 Reading runs no code: known keys, safetensors only, right shapes, finite values.
 """
 
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nibble.adapter.card import model_card
 from nibble.disk import disk_errors, fault, remove, rename, replace_file, sync_tree
 from nibble.errors import AdapterError, ModelError, UsageError
 from nibble.model.adapt import AdaptedLayers, adapt, frozen_linear, linear_layers
@@ -22,11 +24,19 @@ from nibble.model.experts import Experts
 from nibble.model.folder import check_files, read_json
 from nibble.model.linear4bit import DenseLinear, Linear4bit
 from nibble.model.lora import LoRALinear
-from nibble.model.tensors import Entry, TensorReader, read_entries, write_tensors
+from nibble.model.tensors import (
+    Entry,
+    TensorReader,
+    read_entries,
+    read_metadata,
+    write_tensors,
+)
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
+_BASE_KEY = "nibble.base"
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 # Keys that decide what nibble computes, that only say where the factors came from, or that choose
 # layers, which the names of the tensors do.
@@ -56,6 +66,21 @@ class AdapterConfig:
     rslora: bool
     base: str
     revision: str | None
+
+
+@dataclass(frozen=True)
+class StoredAdapter:
+    """The checked content of an adapter folder.
+
+    Args:
+        config: What decides the arithmetic.
+        layers: The adapted layers, in the order of the file.
+        tensors: The factors, by their keys in the file.
+    """
+
+    config: AdapterConfig
+    layers: list[str]
+    tensors: dict[str, Tensor]
 
 
 def write_adapter(
@@ -92,7 +117,7 @@ def write_adapter(
         replace_file(folder / "README.md", (card or model_card(base)).encode())
         replace_file(folder / CONFIG_FILE, (json.dumps(config, indent=2) + "\n").encode())
         remove(temporary)
-        write_tensors(temporary, tensors, {"format": "pt"})
+        write_tensors(temporary, tensors, _metadata_of(model))
         rename(temporary, folder / WEIGHTS_FILE)
         sync_tree(folder)
     fault("adapter.after_write")
@@ -106,6 +131,28 @@ def read_adapter(model: nn.Module, folder: str | Path) -> AdaptedLayers:
         AdapterError: If a file is missing or broken, a feature is unknown, or a tensor does not
             fit the model, which is left as it was.
     """
+    stored = read_factors(model, folder)
+    config = stored.config
+    adapted = adapt(
+        model,
+        rank=config.rank,
+        alpha=config.alpha,
+        dropout=config.dropout,
+        target=stored.layers,
+        rslora=config.rslora,
+    )
+    with torch.no_grad():
+        for key, parameter in adapter_tensors(model):
+            parameter.copy_(stored.tensors[key])
+    return adapted
+
+
+def read_factors(model: nn.Module, folder: str | Path) -> StoredAdapter:
+    """What an adapter folder holds, checked against `model`, which may be without values.
+
+    Raises:
+        AdapterError: As `read_adapter`.
+    """
     folder = Path(folder)
     config = read_adapter_config(folder)
     entries = _read_entries(folder / WEIGHTS_FILE)
@@ -117,19 +164,36 @@ def read_adapter(model: nn.Module, folder: str | Path) -> AdaptedLayers:
     _check_keys(set(shapes), set(entries), folder)
     # Before anything is made: a rank that the factors do not have would only fill memory.
     _check_shapes(entries, shapes, folder)
-    tensors = _read_finite(folder / WEIGHTS_FILE, entries)
-    adapted = adapt(
-        model,
-        rank=config.rank,
-        alpha=config.alpha,
-        dropout=config.dropout,
-        target=layers,
-        rslora=config.rslora,
-    )
-    with torch.no_grad():
-        for key, parameter in adapter_tensors(model):
-            parameter.copy_(tensors[key])
-    return adapted
+    return StoredAdapter(config, layers, _read_finite(folder / WEIGHTS_FILE, entries))
+
+
+def read_base_options(folder: str | Path) -> dict[str, Any]:
+    """How the base was kept while the adapter was trained: arguments of `load_base`.
+
+    Empty where the file does not say so, as in adapters of other tools.
+
+    Raises:
+        AdapterError: If the file is missing or broken.
+    """
+    path = Path(folder) / WEIGHTS_FILE
+    _read_entries(path)
+    text = read_metadata(path).get(_BASE_KEY)
+    if text is None:
+        return {}
+    try:
+        values = json.loads(text)
+        dtype, quant = _DTYPES[values["dtype"]], dict(values["quant"])
+        return {"storage": str(values["storage"]), "dtype": dtype, "quant": quant}
+    except (ValueError, TypeError, KeyError) as error:
+        raise AdapterError(f"{path}: {_BASE_KEY} is broken: {error!r}", fix=_FIX) from None
+
+
+def _metadata_of(model: nn.Module) -> dict[str, str]:
+    options: dict[str, Any] = dict(getattr(model, "base_options", {}))
+    if not options:
+        return {"format": "pt"}
+    options["dtype"] = str(options["dtype"]).removeprefix("torch.")
+    return {"format": "pt", _BASE_KEY: json.dumps(options)}
 
 
 def _read_finite(path: Path, entries: Mapping[str, Entry]) -> dict[str, Tensor]:
@@ -160,6 +224,8 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
             that nibble does not compute.
     """
     path = folder / CONFIG_FILE
+    if not folder.is_dir():
+        raise AdapterError(f"there is no adapter folder {folder}", fix="check the path")
     try:
         check_files(folder)
         config = read_json(path)
@@ -215,14 +281,6 @@ def _is_finite(value: Any) -> bool:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     # Beyond 2**53 an integer may be no float at all; NaN compares as false.
     return is_number and abs(value) <= 2**53
-
-
-def model_card(base: str, *, body: str = "") -> str:
-    """README.md with the front matter that model hubs read."""
-    lines = ["---", "library_name: peft", f"base_model: {json.dumps(base)}"]
-    lines += ["base_model_relation: adapter", "pipeline_tag: text-generation"]
-    lines += ["tags:", "- lora", "- nibble", "---", ""]
-    return "\n".join([*lines, body or "A LoRA adapter trained with nibble.", ""])
 
 
 def _config_of(model: nn.Module, base: str, revision: str | None) -> dict[str, Any]:

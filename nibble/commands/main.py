@@ -17,6 +17,7 @@ from nibble.commands import (
     doctor,
     evaluate,
     launch,
+    merge,
     plan,
     replay,
     sweep,
@@ -40,6 +41,7 @@ app.command("sweep")(sweep.sweep)
 app.command("eval")(evaluate.evaluate)
 app.command("compare")(compare.compare)
 app.command("launch")(launch.launch)
+app.command("merge")(merge.merge)
 app.command("chat")(chat.chat)
 app.command("doctor")(doctor.doctor)
 app.command("schema")(config.schema)

@@ -1,7 +1,7 @@
 """What a person sees while a run goes on: a bar, lines for evaluations, warnings."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
@@ -76,11 +76,11 @@ class TrainingBar:
 
 
 @contextmanager
-def working(what: str) -> Iterator[None]:
-    """Show that something goes on; nothing where stderr is no terminal."""
+def working(what: str) -> Iterator[Callable[[str], None]]:
+    """Show that something goes on, and what by the function given; nothing without a terminal."""
     console = Console(stderr=True)
-    with console.status(what) if console.is_terminal else nullcontext():
-        yield
+    with console.status(what) if console.is_terminal else nullcontext() as status:
+        yield (lambda text: status.update(text)) if status is not None else lambda text: None
 
 
 def overrides(flags: Mapping[str, str], data: Sequence[str] | None) -> list[str]:

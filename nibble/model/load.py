@@ -88,10 +88,17 @@ def load_base(
     _load_generation_config(model, folder)
     _load_weights(model, folder, entries, stored, torch.device(device or "cpu"))
     model.name_or_path = str(name)
+    model.base_options = _options_of(stored, storage)  # type: ignore[assignment]
     model.eval()
     if not family_of(config).is_first_class:
         _check_unlisted(model, stored)
     return model, tokenizer
+
+
+def _options_of(stored: Storage, storage: str) -> dict[str, Any]:
+    """The arguments of this module's `load_base` that gave these weights, for a written adapter."""
+    quant = {} if stored.quant is None else {k: v for k, v in stored.quant.items() if k != "type"}
+    return {"storage": storage, "dtype": stored.dtype, "quant": quant}
 
 
 def build_storage(

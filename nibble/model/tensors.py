@@ -11,9 +11,11 @@ Source:
 """
 
 import json
+import os
 import stat
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from itertools import chain, pairwise
 from math import prod
 from operator import index
@@ -23,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nibble.disk import write_file
+from nibble.disk import fault, write_file
 from nibble.errors import DiskError, ModelError
 from nibble.model.folder import LARGEST_JSON_BYTES, parse_json
 
@@ -50,6 +52,18 @@ _WRITTEN_AT_ONCE = 1 << 24
 
 
 @dataclass(frozen=True)
+class Spec:
+    """Type and shape of a tensor that is to be written."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
 class Entry:
     """Where a file holds a tensor; `start` counts bytes from the beginning of the file."""
 
@@ -63,6 +77,12 @@ class Entry:
     def num_bytes(self) -> int:
         return prod(self.shape) * self.dtype.itemsize
 
+    def rows(self, first: int, stop: int) -> "Entry":
+        """Some rows of the tensor, seen as a matrix of its last dimension."""
+        width = self.shape[-1] if self.shape else 1
+        start = self.start + first * width * self.dtype.itemsize
+        return replace(self, shape=(stop - first, width), start=start)
+
 
 def read_entries(path: Path) -> dict[str, Entry]:
     """Every tensor of a safetensors file by name; the values are not read.
@@ -71,6 +91,26 @@ def read_entries(path: Path) -> dict[str, Entry]:
         ModelError: If the file is cut off or is not a safetensors file.
         DiskError: If it cannot be read.
     """
+    header, first, size = _read_header(path)
+    header.pop("__metadata__", None)
+    entries = {name: _entry(path, name, value, first) for name, value in header.items()}
+    _check_layout(path, entries, first=first, size=size)
+    return entries
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The texts that stand beside the tensors; empty where there are none.
+
+    Raises:
+        ModelError, DiskError: As `read_entries`.
+    """
+    values = _read_header(path)[0].get("__metadata__")
+    found = values if isinstance(values, dict) else {}
+    return {key: value for key, value in found.items() if isinstance(value, str)}
+
+
+def _read_header(path: Path) -> tuple[dict[str, Any], int, int]:
+    """The header, where the values begin, and the size of the file."""
     try:
         info = path.stat()
         if not stat.S_ISREG(info.st_mode):
@@ -87,10 +127,7 @@ def read_entries(path: Path) -> dict[str, Entry]:
         raise ModelError(f"{path} has a broken header: {error}", fix=_FIX) from None
     if not isinstance(header, dict):
         raise ModelError(f"{path} has a broken header: expected an object", fix=_FIX)
-    header.pop("__metadata__", None)
-    entries = {name: _entry(path, name, value, 8 + length) for name, value in header.items()}
-    _check_layout(path, entries, first=8 + length, size=size)
-    return entries
+    return header, 8 + length, size
 
 
 class TensorReader:
@@ -122,21 +159,73 @@ def write_tensors(
     Raises:
         OSError: If it cannot be written; what is there of the file is of no use.
     """
+    specs = {
+        name: Spec(pieces[0].dtype, tuple(joined_shape(pieces))) for name, pieces in tensors.items()
+    }
+    text, places = _lay_out(specs, metadata)
+    values = (part for name in places for piece in tensors[name] for part in _bytes_of(piece))
+    return write_file(path, chain([text], values))
+
+
+@contextmanager
+def tensor_file(
+    path: Path, specs: Mapping[str, Spec], metadata: Mapping[str, str] | None = None
+) -> Iterator[Callable[[str, Iterable[Tensor]], None]]:
+    """Within the block, `write(name, pieces)` fills a tensor of a new file, in any order.
+
+    The pieces of a tensor follow one another in its flat order; one is in memory at a time. The
+    file is flushed to the disk at the end.
+
+    Raises:
+        OSError: If it cannot be written; what is there of the file is of no use.
+        ValueError: If pieces do not fill a tensor, or one was not written.
+    """
+    text, places = _lay_out(specs, metadata)
+    missing = set(places)
+    with path.open("xb") as file:
+        file.write(text)
+
+        def write(name: str, pieces: Iterable[Tensor]) -> None:
+            file.seek(len(text) + places[name])
+            num_bytes = 0
+            for piece in pieces:
+                if piece.dtype != specs[name].dtype:
+                    raise ValueError(f"{name}: a piece of {piece.dtype}, not {specs[name].dtype}")
+                num_bytes += piece.nbytes
+                for part in _bytes_of(piece):
+                    fault("disk.before_write", path)
+                    file.write(part)
+            if num_bytes != specs[name].num_bytes:
+                raise ValueError(f"{name}: {num_bytes} bytes, not {specs[name].num_bytes}")
+            missing.discard(name)
+
+        yield write
+        if missing:
+            raise ValueError(f"{path}: nothing was written for {sorted(missing)[:3]}")
+        file.flush()
+        fault("disk.before_fsync", path)
+        os.fsync(file.fileno())
+
+
+def _lay_out(
+    specs: Mapping[str, Spec], metadata: Mapping[str, str] | None
+) -> tuple[bytes, dict[str, int]]:
+    """The bytes before the values, and where each tensor starts among these, in their order."""
     # Wide types first: every tensor then starts at a multiple of its item size.
-    names = sorted(tensors, key=lambda name: (-tensors[name][0].dtype.itemsize, name))
+    names = sorted(specs, key=lambda name: (-specs[name].dtype.itemsize, name))
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    places: dict[str, int] = {}
     stop = 0
     for name in names:
-        start, stop = stop, stop + sum(piece.nbytes for piece in tensors[name])
+        places[name], stop = stop, stop + specs[name].num_bytes
         header[name] = {
-            "dtype": _NAMES[tensors[name][0].dtype],
-            "shape": joined_shape(tensors[name]),
-            "data_offsets": [start, stop],
+            "dtype": _NAMES[specs[name].dtype],
+            "shape": list(specs[name].shape),
+            "data_offsets": [places[name], stop],
         }
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    values = (part for name in names for piece in tensors[name] for part in _bytes_of(piece))
-    return write_file(path, chain([len(text).to_bytes(8, "little") + text], values))
+    return len(text).to_bytes(8, "little") + text, places
 
 
 def joined_shape(pieces: Sequence[Tensor]) -> list[int]:

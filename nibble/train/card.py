@@ -1,6 +1,6 @@
 """The model card of an adapter."""
 
-from nibble.adapter.format import model_card
+from nibble.adapter.card import model_card
 from nibble.config import RunConfig
 from nibble.events import EvalEnd
 from nibble.train.checkpoint import TrainState

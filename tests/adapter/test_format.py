@@ -8,7 +8,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from nibble.adapter.format import CONFIG_FILE, WEIGHTS_FILE, read_adapter, write_adapter
+from nibble.adapter.format import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    read_adapter,
+    read_base_options,
+    write_adapter,
+)
 from nibble.errors import AdapterError, UsageError
 from nibble.model.adapt import adapt
 from nibble.model.load import load_base
@@ -168,3 +174,32 @@ def test_pickled_adapter_is_not_opened(tiny_model_folder, adapter_folder):
     model, _ = load_base(str(tiny_model_folder("llama")), "float32")
     with pytest.raises(AdapterError, match=r"convert adapter_model\.bin"):
         read_adapter(model, adapter_folder)
+
+
+@pytest.mark.parametrize("storage", ["float32", "bf16", "nf4"])
+def test_the_file_says_how_the_base_was_kept(tiny_model_folder, tmp_path, storage):
+    model, _ = _adapted(tiny_model_folder("llama"), storage)
+    write_adapter(model, tmp_path)
+    options = read_base_options(tmp_path)
+    assert options["storage"] == storage
+    assert options["dtype"] == (torch.float32 if storage == "float32" else torch.bfloat16)
+    again, _ = load_base(str(tiny_model_folder("llama")), **options)
+    read_adapter(again, tmp_path)
+    assert torch.equal(again(IDS).logits, model(IDS).logits)
+
+
+def test_an_adapter_of_another_tool_says_nothing(tiny_model_folder, tmp_path):
+    base = AutoModelForCausalLM.from_pretrained(tiny_model_folder("llama"))
+    config = peft.LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM")
+    peft.get_peft_model(base, config).save_pretrained(tmp_path)
+    assert read_base_options(tmp_path) == {}
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"dtype": "load"}', '{"dtype": "bfloat16"}', "1"])
+def test_what_it_says_is_checked(tiny_model_folder, tmp_path, text):
+    model, _ = _adapted(tiny_model_folder("llama"))
+    write_adapter(model, tmp_path)
+    path = tmp_path / WEIGHTS_FILE
+    save_file(load_file(path), path, {"format": "pt", "nibble.base": text})
+    with pytest.raises(AdapterError, match=r"nibble\.base is broken"):
+        read_base_options(tmp_path)

@@ -4,10 +4,19 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from nibble.errors import DiskError, ModelError
-from nibble.model.tensors import Entry, TensorReader, check_finite, read_entries
+from nibble.model.tensors import (
+    Entry,
+    Spec,
+    TensorReader,
+    check_finite,
+    read_entries,
+    read_metadata,
+    tensor_file,
+    write_tensors,
+)
 
 DTYPES = (
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32,
@@ -156,3 +165,35 @@ def test_check_finite(dtype, value):
 def test_check_finite_leaves_the_rest_alone():
     check_finite("w", torch.zeros(0))
     check_finite("w", torch.ones(3, dtype=torch.int64))
+
+
+def test_a_file_is_filled_in_any_order_and_in_pieces(tmp_path):
+    values = {"a": torch.arange(6.0).view(3, 2), "b": torch.arange(5, dtype=torch.uint8)}
+    specs = {name: Spec(value.dtype, tuple(value.shape)) for name, value in values.items()}
+    path = tmp_path / "w.safetensors"
+    with tensor_file(path, specs, {"format": "pt", "mine": "yes"}) as write:
+        write("b", values["b"].split(2))
+        write("a", values["a"].split(1))
+    found = load_file(path)
+    assert all(torch.equal(found[name], value) for name, value in values.items())
+    assert read_metadata(path) == {"format": "pt", "mine": "yes"}
+
+
+@pytest.mark.parametrize(
+    "pieces", [None, [torch.zeros(1, 2)], [torch.zeros(4, 2)], [torch.zeros(3, 2).bfloat16()]]
+)
+def test_a_file_that_is_not_filled_is_an_error(tmp_path, pieces):
+    def fill():
+        with tensor_file(tmp_path / "w", {"a": Spec(torch.float32, (3, 2))}) as write:
+            if pieces is not None:
+                write("a", pieces)
+
+    with pytest.raises(ValueError, match=r"a: |nothing was written"):
+        fill()
+
+
+def test_rows_of_an_entry(tmp_path):
+    value = torch.arange(24.0).view(2, 3, 4)
+    write_tensors(tmp_path / "w", {"a": [value]})
+    entry = read_entries(tmp_path / "w")["a"]
+    assert torch.equal(TensorReader([]).read(entry.rows(1, 5)), value.view(6, 4)[1:5])
