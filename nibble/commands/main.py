@@ -2,9 +2,11 @@
 
 import errno
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from typing import Any, TextIO, cast
 
 import typer
 
@@ -24,7 +26,7 @@ from nibble.commands import (
     train,
 )
 from nibble.environment import wait_passively
-from nibble.errors import DiskError, NibbleError, RunInterrupted
+from nibble.errors import DiskError, NibbleError, RunInterrupted, StoppedError
 
 app = typer.Typer(
     name="nibble",
@@ -55,10 +57,54 @@ def main(arguments: Sequence[str] | None = None) -> None:
     is_debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
     wait_passively()
+    if arguments is not None:
+        sys.exit(_run(words, is_debug))
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+        if signal.getsignal(number) == signal.SIG_DFL:
+            signal.signal(number, _stop)
+    # What a chat says is all that it does: it ends with its reader.
+    if words[:1] != ["chat"]:
+        sys.stdout = cast(TextIO, _Lasting(sys.stdout))
+        sys.stderr = cast(TextIO, _Lasting(sys.stderr))
     code = _run(words, is_debug)
-    if arguments is None:
-        _leave(code)
+    _leave(code)
     sys.exit(code)
+
+
+def _stop(number: int, frame: object) -> None:
+    """A signal before or after the part of a run that hears it: the code of a run that does."""
+    raise SystemExit(StoppedError.exit_code)
+
+
+class _Lasting:
+    """An output that outlives its reader: what nobody reads any more is thrown away.
+
+    So a command does all of its work, and its exit code is that of the work.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except BrokenPipeError:
+            self._throw_away()
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except BrokenPipeError:
+            self._throw_away()
+
+    def _throw_away(self) -> None:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self._stream.fileno())
+        os.close(nowhere)
 
 
 def _run(words: Sequence[str], is_debug: bool) -> int:
@@ -93,7 +139,7 @@ def _run(words: Sequence[str], is_debug: bool) -> int:
 def _leave(code: int) -> None:
     """End this process at once: taking the libraries apart would last a second.
 
-    Output that nobody reads any more ends as the interpreter would have it.
+    Output that cannot be written ends as the interpreter would have it.
     """
     with suppress(OSError):
         sys.stderr.flush()

@@ -1,7 +1,9 @@
 """The command line as a person uses it."""
 
 import json
+import os
 import resource
+import signal
 import subprocess
 import sys
 
@@ -50,6 +52,50 @@ def test_a_process_of_its_own_gives_all_output_and_its_code():
     wrong = run("explain", "no.such.key")
     assert wrong.returncode == 2
     assert wrong.stderr.startswith(b"nibble: ")
+
+
+def _child(body, words=("plan",)):
+    """A process of its own whose verb is a function with this body."""
+    code = (
+        "import os, signal, sys\nfrom nibble.commands import main\n"
+        f"def verb(words, is_debug):\n    {body}\n    return 65\n"
+        f"main._run = verb\nsys.argv[1:] = {list(words)!r}\nmain.main()"
+    )
+    return [sys.executable, "-c", code]
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGHUP"])
+def test_a_signal_where_no_run_hears_it_gives_the_code_of_a_stopped_run(name):
+    body = f"os.kill(os.getpid(), signal.{name})"
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    done = subprocess.run(_child(body), capture_output=True)
+    signal.signal(signal.SIGHUP, before)
+    assert (done.returncode, done.stderr) == (75, b"")
+
+
+def test_a_signal_that_is_ignored_stays_so():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    done = subprocess.run(_child("os.kill(os.getpid(), signal.SIGHUP)"))
+    signal.signal(signal.SIGHUP, before)
+    assert done.returncode == 65
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+@pytest.mark.parametrize("words", [["plan"], ["chat"]])
+def test_a_command_outlives_its_reader_but_a_chat_does_not(stream, words, tmp_path):
+    """Click and Rich would have ended the command with 1."""
+    say = "typer.echo('x' * 9999, err=is_err); Console(stderr=is_err).print('x' * 9999)"
+    body = (
+        f"import typer; from rich.console import Console; is_err = {stream == 'stderr'}; {say}; "
+        f"open({str(tmp_path / 'done')!r}, 'w')"
+    )
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(_child(body, words), **{stream: write})
+    os.close(write)
+    is_chat = words == ["chat"]
+    assert (tmp_path / "done").exists() != is_chat
+    assert (done.returncode == 65) != is_chat
 
 
 def test_train_eval_and_train_again(capsys, tiny_model_folder, data, tmp_path):
