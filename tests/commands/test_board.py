@@ -12,6 +12,7 @@ from nibble.commands.board import Board
 from nibble.experiment.follow import Followed
 from nibble.experiment.grid import grid_trials
 from nibble.experiment.placement import Need
+from nibble.experiment.ranking import rank
 from nibble.experiment.record import Planned
 from nibble.experiment.sweep import Row
 
@@ -31,14 +32,14 @@ def rows():
     return found
 
 
-def _shown(table):
-    console = Console(file=io.StringIO(), width=120)
+def _shown(table, width=120):
+    console = Console(file=io.StringIO(), width=width)
     console.print(table)
     return console.file.getvalue()
 
 
 def test_the_live_table_says_where_each_run_is(rows):
-    lines = _shown(board._live_table(rows, 40)).splitlines()
+    lines = _shown(board._live_table(rows, 40, 120)).splitlines()
     assert lines[0].startswith("1 of 6 runs done")
     at_work, done, failed = lines[2:5]
     for words in ("run-1", 'lora.target=["a"]', "cuda:0", "running", "5/20", "2.5000", "0:45"):
@@ -48,10 +49,28 @@ def test_the_live_table_says_where_each_run_is(rows):
 
 
 def test_what_does_not_fit_the_screen_is_counted(rows):
-    text = _shown(board._live_table(rows, 8))
+    text = _shown(board._live_table(rows, 8, 120))
     assert "3 more below" in text
     assert "run-1" in text
     assert "run-2" not in text
+
+
+@pytest.mark.parametrize("width", [26, 40, 60, 80])
+def test_a_narrow_terminal_has_fewer_columns_and_whole_numbers(rows, width, monkeypatch, capsys):
+    text = _shown(board._live_table(rows, 40, width), width)
+    assert "…" not in text
+    for words in ("run-1", "run-6", "2.5000", "2.0000", "1.7500"):
+        assert words in text
+    assert ("failed" in text) == (width >= 40)
+    assert ("cuda:0" in text) == (width >= 80)
+    monkeypatch.setenv("COLUMNS", str(width))
+    board.print_ranking(rank(rows))
+    text = capsys.readouterr().out
+    assert "…" not in text
+    for words in ("run-1", "1.7500", "best     run-2"):
+        assert words in text
+    assert ("failed" in text) == (width >= 40)
+    assert ("2.0000" in text) == (width >= 60)
 
 
 def test_without_a_terminal_there_is_a_line_when_something_happens(rows, capsys):
@@ -81,7 +100,7 @@ def test_a_terminal_gets_the_table_and_a_sweep_outlives_its_reader(rows, monkeyp
         shown(rows)
         assert "runs done" in file.getvalue()
 
-        def refuse(rows, height):
+        def refuse(rows, height, width):
             raise BrokenPipeError
 
         monkeypatch.setattr(board, "_live_table", refuse)
