@@ -6,7 +6,7 @@ takes it over where it is: no run is done twice.
 
 import os
 import signal
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -70,16 +70,26 @@ class Machine:
 
     def at_work(self, out: Path, names: Collection[str]) -> dict[str, tuple[Handle, str]]:
         """The runs of a sweep that go on already, by name, each with its place."""
-        configs = {str(out / f"{name}.yaml"): name for name in names}
+        configs = {(out / f"{name}.yaml").resolve(): name for name in names}
         found: dict[str, tuple[Handle, str]] = {}
         for process in psutil.process_iter():
             with suppress(psutil.Error):
                 words = process.cmdline()
-                name = configs.get(words[-1]) if words[-2:-1] == ["train"] else None
-                if name is not None and process.status() != psutil.STATUS_ZOMBIE:
-                    place = process.environ().get(PLACE_VARIABLE, "")
-                    found[name] = (Found(process, out / name), place)
+                if words[-2:-1] != ["train"] or process.status() == psutil.STATUS_ZOMBIE:
+                    continue
+                name = configs.get(Path(process.cwd(), words[-1]).resolve())
+                if name is not None:
+                    found[name] = (Found(process, out / name), self._place_of(process.environ()))
         return found
+
+    def _place_of(self, environment: Mapping[str, str]) -> str:
+        """Where a process is: where a sweep has put it, else on the first device that it sees."""
+        if environment.get(PLACE_VARIABLE):
+            return environment[PLACE_VARIABLE]
+        first = environment.get(_VISIBLE, "").partition(",")[0]
+        places = self.places(is_idle=False)
+        seen = [place for place in places if first and place.environment.get(_VISIBLE) == first]
+        return next((place.name for place in [*seen, *places]), "")
 
     def ended(self, handle: Handle) -> Ended | None:
         """How a run ended; None while it is at work."""

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from nibble.errors import DoesNotFitError, FolderInUseError, StoppedError
+from nibble.config import load_config
+from nibble.errors import DoesNotFitError, FolderInUseError, NibbleError, StoppedError
 from nibble.experiment.engine import Ended
 from nibble.experiment.follow import Followed
 from nibble.experiment.halving import decide
@@ -131,6 +132,7 @@ def run_sweep(
     """
     course = Course(out, [_row(out, one) for one in planned], engine, rungs)
     stop = stop or StopSignal()
+    stop.standing = _standing(course.rows)
     try:
         # A signal waits for the end of a look, so that no process is started and forgotten.
         with stop.patience():
@@ -142,6 +144,8 @@ def run_sweep(
         if stop.name:
             raise stop.error()
     except BaseException:
+        # One that has just started may not be noted yet when a second signal comes.
+        _find_at_work(course)
         engine.stop([row._handle for row in course.rows if row._handle is not None])
         raise
     show(course.rows)
@@ -171,11 +175,22 @@ def _row(out: Path, planned: Planned) -> Row:
 
 
 def _find_at_work(course: Course) -> None:
-    """Take over the runs that a sweep which was killed has left at work."""
+    """Take over the runs of this sweep that are at work and not followed yet."""
     waiting = {row.name: row for row in course.rows if row.state == "waiting"}
     for name, (handle, place) in course.engine.at_work(course.out, list(waiting)).items():
         row = waiting[name]
-        row.state, row.place, row._handle = "running", place, handle
+        if _is_as_planned(row, course.out / f"{name}.yaml"):
+            row.state, row.place, row._handle = "running", place, handle
+        else:
+            row.state, row.exit_code = "failed", FolderInUseError.exit_code
+            row.reason = f"a run with another config is at work: {name}.yaml was changed"
+
+
+def _is_as_planned(row: Row, config: Path) -> bool:
+    try:
+        return not folder.changed_keys(load_config(config), row.planned.run)
+    except NibbleError:
+        return False
 
 
 def _tick(course: Course) -> bool:

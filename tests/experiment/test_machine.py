@@ -8,7 +8,7 @@ import time
 import pytest
 
 from nibble.errors import UnavailableError
-from nibble.experiment import cards, machine
+from nibble.experiment import cards, engine, machine
 from nibble.experiment.cards import Card
 from nibble.experiment.machine import Machine, this_machine
 from nibble.experiment.placement import Place
@@ -41,6 +41,24 @@ def test_a_run_of_another_sweep_is_found_followed_and_stopped(tmp_path, stub):
     ended = second.ended(handle)
     assert (ended.is_resumable, ended.reason) == (True, "ended unseen")
     assert second.at_work(tmp_path, ["run-1"]) == {}
+
+
+@pytest.mark.parametrize(("visible", "place"), [(None, "one"), ("5", "two"), ("9,5", "one")])
+def test_a_run_that_was_started_by_hand_counts_where_it_sees_a_device(
+    tmp_path, stub, monkeypatch, visible, place
+):
+    (planned,) = stub([0.01], [1], steps=400)
+    places = [
+        Place("one", 10, environment={"CUDA_VISIBLE_DEVICES": "3"}),
+        Place("two", 10, environment={"CUDA_VISIBLE_DEVICES": "5"}),
+    ]
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    given = {"CUDA_VISIBLE_DEVICES": visible} if visible else {}
+    started = engine.start(planned.run, tmp_path, "run-1", environment=given)
+    found = Machine(lambda: places).at_work(tmp_path, ["run-1"])
+    started.process.kill()
+    started.process.wait()
+    assert found["run-1"][1] == place
 
 
 def test_places_are_looked_at_anew_while_nothing_is_at_work():

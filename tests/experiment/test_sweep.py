@@ -17,7 +17,8 @@ from nibble.experiment import engine, ranking, record, sweep
 from nibble.experiment.machine import Machine
 from nibble.experiment.placement import Need, Place
 from nibble.experiment.record import Planned
-from nibble.train.interrupt import StopSignal
+from nibble.train import folder
+from nibble.train.interrupt import StopSignal, stop_signals
 
 PROCESS = Path(__file__).with_name("sweep_process.py")
 # What a run measures of itself, or which of the free devices it got.
@@ -117,6 +118,55 @@ def test_a_sweep_that_is_stopped_stops_its_runs_in_order_and_goes_on(tmp_path, s
     assert [row.state for row in rows] == ["finished", "finished"]
     assert _num_finished(tmp_path) == 2
     assert sweep.exit_code_of(rows) == 0
+
+
+def test_a_second_signal_amid_a_start_forgets_no_process(tmp_path, stub):
+    """It comes after the process is there and before anybody has noted it."""
+
+    started = []
+
+    class Interrupted(Machine):
+        def start(self, planned, out, *, at):
+            started.append(super().start(planned, out, at=at).process)
+            _wait_until(lambda: _used(out))
+            for _ in range(2):
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    machine = Interrupted(lambda: [Place("a", 1)])
+    with pytest.raises(StoppedError, match="0 of 1 runs are done"), stop_signals() as stop:
+        sweep.run_sweep(tmp_path, stub([0.01], [1], steps=600), machine, stop=stop)
+    assert [line["what"] for line in _used(tmp_path)] == ["begins", "ends"]
+    assert started[0].poll() is not None
+
+
+def test_a_run_started_by_hand_is_taken_over_where_it_takes_memory(tmp_path, stub):
+    planned, places = stub([0.01, 0.02], [60, 60]), [Place("a", 100)]
+    run = planned[0].run.with_values({"out": str(tmp_path / "run-1")}, "flag")
+    (tmp_path / "run-1.yaml").write_text(folder.run_text(run))
+    env = {**os.environ, "NIBBLE_PLACE": ""}
+    by_hand = subprocess.Popen([*engine.TRAIN, "run-1.yaml"], cwd=tmp_path, env=env)
+    _wait_until(lambda: _used(tmp_path))
+    rows = sweep.run_sweep(tmp_path, planned, Machine(lambda: places))
+    assert by_hand.wait() == 0
+    assert [row.state for row in rows] == ["finished", "finished"]
+    assert [line["what"] for line in _used(tmp_path)] == ["begins", "ends"] * 2
+
+
+def test_a_run_at_work_with_another_config_is_not_taken_over(tmp_path, stub):
+    first, second = stub([0.01, 0.02], [1, 1], steps=40)
+    other = first.run.with_values({"optim.lr": 0.5}, "flag")
+    by_hand = engine.start(other, tmp_path, "run-1", environment={"NIBBLE_PLACE": "a"})
+    rows = sweep.run_sweep(tmp_path, [first, second], Machine(lambda: [Place("a", 100)]))
+    assert [(row.state, row.exit_code) for row in rows] == [("failed", 73), ("finished", 0)]
+    assert "run-1.yaml was changed" in rows[0].reason
+    assert by_hand.process.wait() == 0
+
+
+def test_a_failed_run_is_tried_again_by_the_next_sweep(tmp_path, stub):
+    planned, machine = stub([0.01], [1]), Machine(lambda: [Place("a", 1)])
+    fails = Machine(lambda: [Place("a", 1)], train=("false",))
+    assert sweep.run_sweep(tmp_path, planned, fails)[0].reason == "ended with exit code 1"
+    assert sweep.run_sweep(tmp_path, planned, machine)[0].state == "finished"
 
 
 def test_a_run_whose_adapter_is_gone_is_not_finished(tmp_path, stub):
