@@ -57,8 +57,10 @@ def test_a_sweep_prints_its_table_and_goes_on(capsys, recipe, tmp_path, stubs):
     again = json.loads(text)
     assert again["version"] == 1
     assert again["winner"] == report["winner"]
-    code, _, err = _call(capsys, recipe, "--grid", "lora.rank=4,16", "--out", tmp_path / "out")
-    assert (code, "holds another sweep" in err) == (73, True)
+    for more in ("lora.rank=4,16", "lora.rank=4,8,16"):
+        words = (recipe, "--grid", "optim.lr=0.01,0.02", more, "--out", tmp_path / "out")
+        code, _, err = _call(capsys, *words)
+        assert (code, "holds another sweep" in err) == (73, True)
 
 
 def test_a_run_that_does_not_fit_is_a_row(capsys, recipe, tmp_path, stubs, monkeypatch):
