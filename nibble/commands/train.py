@@ -35,7 +35,7 @@ def train(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Train, or continue the run that stands in --out."""
-    from nibble.config import check_run, load_config
+    from nibble.config import check_run, interval_seconds, load_config
 
     flags: dict[str, Any] = {
         "model.name": model,
@@ -55,7 +55,8 @@ def train(
     if fresh and is_first:
         folder.refuse_content(target)
     if devices is not None and launch.is_launcher(devices):
-        raise typer.Exit(launch.launch(devices, sys.argv[1:]))
+        stop_seconds = interval_seconds(run.train.stop_within, "train.stop_within")
+        raise typer.Exit(launch.launch(devices, sys.argv[1:], stop_seconds=stop_seconds))
     with stop_signals(), folder.hold(target) if is_first else nullcontext():
         with quick_imports():
             from nibble import api

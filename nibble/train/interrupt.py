@@ -2,6 +2,8 @@
 
 before the loop     any signal ends the run at once
 in the loop         the first lets the step at work be finished and saved; a second ends at once
+the same soon       counts once: a scheduler reaches a rank directly and by its launcher, and
+                    other ranks may have said it already; two Ctrl-C are two
 any but SIGINT      the process also ends by itself once the time to save is over
 SIGHUP              counts unless it is ignored, as under nohup
 """
@@ -10,6 +12,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -18,6 +21,7 @@ from nibble.errors import NibbleError, RunInterrupted, StoppedError
 
 Item = TypeVar("Item")
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+_ECHO_SECONDS = 5
 
 
 class Asked(Exception):  # noqa: N818
@@ -39,6 +43,7 @@ class StopSignal:
         self.standing = "nothing was trained this time"
         self._is_patient = False
         self._within_seconds: float | None = None
+        self._echo_until = 0.0
         self._timer: threading.Timer | None = None
 
     @contextmanager
@@ -56,6 +61,7 @@ class StopSignal:
         agreed = int(self.agree(number))
         if agreed != number:
             self.name = signal.Signals(agreed).name
+            self._echo_until = time.monotonic() + _ECHO_SECONDS
         return bool(agreed)
 
     def until_asked(self, items: Iterable[Item]) -> Iterator[Item]:
@@ -74,10 +80,14 @@ class StopSignal:
         )
 
     def _handle(self, number: int, frame: object) -> None:
-        is_first, self.name = not self.name, signal.Signals(number).name
-        if not (is_first and self._is_patient):
+        name = signal.Signals(number).name
+        is_echo = name == self.name and time.monotonic() < self._echo_until
+        is_first, self.name = not self.name, name
+        if is_first and number != signal.SIGINT:
+            self._echo_until = time.monotonic() + _ECHO_SECONDS
+        if not (is_echo or (is_first and self._is_patient)):
             raise KeyboardInterrupt
-        if number != signal.SIGINT and self._within_seconds is not None:
+        if number != signal.SIGINT and self._within_seconds is not None and self._timer is None:
             self._timer = threading.Timer(self._within_seconds, self._give_up)
             self._timer.daemon = True
             self._timer.start()

@@ -17,10 +17,14 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+import psutil
+
 from nibble.errors import RunInterrupted, StoppedError, UnavailableError, UsageError
 
 _NODES = "PET_NNODES"
-_SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
+_SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1")
+# Ranks end by themselves within the time they are given and 30 s; torchrun kills them then.
+_SPARE_SECONDS = 35
 _LOOPBACK = "lo"
 _ATTEMPT = "TORCHELASTIC_RESTART_COUNT"
 
@@ -99,8 +103,11 @@ def torchrun_arguments(devices: int, words: Sequence[str]) -> list[str]:
     return ["--nproc-per-node", str(devices), *place, "-m", "nibble", *words]
 
 
-def launch(devices: int, words: Sequence[str]) -> int:
+def launch(devices: int, words: Sequence[str], *, stop_seconds: int) -> int:
     """Run `nibble` with these words in so many processes; the exit code of them all.
+
+    Args:
+        stop_seconds: What a rank takes at most to save and end.
 
     Raises:
         UnavailableError: If this machine has fewer devices.
@@ -119,13 +126,14 @@ def launch(devices: int, words: Sequence[str]) -> int:
     arguments = torchrun_arguments(devices, words)
     command = [sys.executable, "-m", "torch.distributed.run", *arguments]
     print(shlex.join(command), file=sys.stderr, flush=True)  # noqa: T201
-    _set_environment(devices, is_one_machine=_NODES not in os.environ)
+    _set_environment(devices, stop_seconds, is_one_machine=_NODES not in os.environ)
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     try:
         run(parse_args(arguments))
     except ChildFailedError as error:
         return exit_code_of(failure.exitcode for failure in error.failures.values())
     except SignalException as error:
+        _wait_for_ranks(stop_seconds)
         is_interrupt = error.sigval == signal.SIGINT
         return (RunInterrupted if is_interrupt else StoppedError).exit_code
     return 0
@@ -140,13 +148,25 @@ def exit_code_of(codes: Iterable[int]) -> int:
     return next((code for code in found if code != StoppedError.exit_code), StoppedError.exit_code)
 
 
-def _set_environment(devices: int, *, is_one_machine: bool) -> None:
+def _wait_for_ranks(stop_seconds: int) -> None:
+    """A third signal has torchrun leave ranks that are at work on their last checkpoint."""
+    for name in _SIGNALS:
+        signal.signal(signal.Signals[name], signal.SIG_IGN)
+    _, late = psutil.wait_procs(psutil.Process().children(), stop_seconds + _SPARE_SECONDS)
+    for rank in late:
+        rank.kill()
+
+
+def _set_environment(devices: int, stop_seconds: int, *, is_one_machine: bool) -> None:
     """Share the cores, keep to this machine where there is one, and hand every signal on."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (cores or 1) // devices)))
     # Of connections that end because a process did, which nibble says better.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    os.environ["PET_SIGNALS_TO_HANDLE"] = _SIGNALS
+    is_nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    heeded = (name for name in _SIGNALS if not (is_nohup and name == "SIGHUP"))
+    os.environ["PET_SIGNALS_TO_HANDLE"] = ",".join(heeded)
+    os.environ.setdefault("PET_SHUTDOWN_TIMEOUT", str(stop_seconds + _SPARE_SECONDS))
     has_loopback = any(name == _LOOPBACK for _, name in socket.if_nameindex())
     if is_one_machine and has_loopback:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", _LOOPBACK)

@@ -89,9 +89,19 @@ def test_a_scheduler_that_stops_it_can_requeue_it(command, whole):
     process = command.start("stopped", 2, "stopped.log")
     command.until_it_has_saved("stopped")
     ranks = psutil.Process(process.pid).children(recursive=True)
-    process.send_signal(signal.SIGTERM)
+    # Some signal every process of a job, and say it again.
+    for asked in (process, *ranks, process, process):
+        asked.send_signal(signal.SIGTERM)
+        time.sleep(0.01)
     assert process.wait(LONGEST_SECONDS) == 75
     assert not any(rank.is_running() for rank in ranks)
+    lines = (command.folder / "stopped" / "events.jsonl").read_text().splitlines()
+    events = [json.loads(line) for line in lines]
+    trained, saved = (
+        max(event["step"] for event in events if event["event"] == kind)
+        for kind in ("step", "checkpoint")
+    )
+    assert trained == saved
     assert command.start("stopped", 2, "stopped.log").wait(100) == 0
     assert command.results("stopped") == whole
 

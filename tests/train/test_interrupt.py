@@ -9,6 +9,7 @@ import threading
 import pytest
 
 from nibble.errors import RunInterrupted, StoppedError
+from nibble.train import interrupt
 from nibble.train.interrupt import Asked, stop_signals
 
 KINDS = {
@@ -65,9 +66,34 @@ def test_in_the_loop_the_step_at_work_is_finished(number):
 
 
 @pytest.mark.parametrize("second", KINDS)
-def test_a_second_signal_ends_at_once(second):
+@pytest.mark.parametrize("first", KINDS)
+def test_a_second_signal_ends_at_once(first, second, monkeypatch):
+    if first == second != signal.SIGINT:
+        monkeypatch.setattr(interrupt, "_ECHO_SECONDS", 0)
     with pytest.raises(KINDS[second][0]), stop_signals() as stop, stop.patience(60):
-        _send(signal.SIGTERM, second)
+        _send(first, second)
+
+
+@pytest.mark.parametrize("number", [number for number in KINDS if number != signal.SIGINT])
+def test_a_signal_that_comes_by_several_ways_counts_once(number):
+    with stop_signals() as stop, stop.patience(60):
+        _send(number, number, number)
+    assert stop.name == number.name
+
+
+def test_before_the_loop_an_echo_does_not_disturb_the_end():
+    ended = []
+
+    def end_in_order():
+        try:
+            _send(signal.SIGTERM)
+        finally:
+            _send(signal.SIGTERM)
+            ended.append("in order")
+
+    with pytest.raises(StoppedError), stop_signals():
+        end_in_order()
+    assert ended == ["in order"]
 
 
 def test_after_the_loop_a_signal_ends_at_once():
@@ -153,3 +179,12 @@ def test_what_another_rank_was_asked_is_heard():
         assert stop.asked()
         assert stop.name == "SIGTERM"
     assert isinstance(stop.error(), StoppedError)
+
+
+@pytest.mark.parametrize("number", KINDS)
+def test_what_another_rank_was_asked_may_come_here_too(number):
+    with stop_signals() as stop, stop.patience(60):
+        stop.agree = lambda _: number
+        assert stop.asked()
+        _send(number)
+    assert stop.name == number.name

@@ -1,12 +1,14 @@
 """Which of several processes this is, and how they are started and end."""
 
 import os
+import signal
 import subprocess
 import sys
 
 import pytest
 
 from nibble.errors import UsageError
+from nibble.train import launch
 from nibble.train.launch import Place, exit_code_of, is_launcher, place_here, torchrun_arguments
 
 RANK = {
@@ -80,6 +82,20 @@ def test_what_torchrun_is_given(monkeypatch):
     several = torchrun_arguments(2, words)
     assert "--master-addr" not in several
     assert several[several.index("--rdzv-backend") + 1] == "static"
+
+
+@pytest.mark.parametrize("is_nohup", [False, True])
+def test_what_torchrun_hands_on_and_waits_for(monkeypatch, is_nohup):
+    monkeypatch.setattr(os, "environ", {})
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN if is_nohup else signal.SIG_DFL)
+    try:
+        launch._set_environment(2, 600, is_one_machine=True)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    heeded = os.environ["PET_SIGNALS_TO_HANDLE"].split(",")
+    assert {"SIGTERM", "SIGINT", "SIGUSR1"} <= set(heeded)
+    assert ("SIGHUP" in heeded) == (not is_nohup)
+    assert os.environ["PET_SHUTDOWN_TIMEOUT"] == "635"
 
 
 @pytest.mark.parametrize(
