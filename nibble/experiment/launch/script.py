@@ -15,17 +15,23 @@ RESUMABLE = StoppedError.exit_code
 # Ranks whose others are gone end within 30 s.
 PATIENCE_SECONDS = 45
 
-# $1 is the folder, the rest the command, which gets SIGTERM at the end of the input.
+# $1 is the folder, the rest the command, which gets SIGTERM at the end of the input, or where this
+# shell is signalled, as Slurm does: once this shell ends, what it started is killed.
 _UNTIL_END_OF_INPUT = """cd "$1" || exit 2
 shift
 exec 3<&0
 "$@" </dev/null 3<&- &
 command=$!
 { while read -r line; do :; done <&3; kill "$command"; } >/dev/null 2>&1 &
+reader=$!
 exec 3<&-
-wait "$command"
-code=$?
-kill "$!" 2>/dev/null
+trap "kill $command" TERM INT HUP USR1
+while
+    wait "$command"
+    code=$?
+    kill -0 "$command" 2>/dev/null
+do :; done
+kill "$reader" 2>/dev/null
 exit "$code"
 """
 

@@ -19,7 +19,7 @@ _COMMAND = r"""#!/bin/bash
 me=${PET_NODE_RANK:-0}
 printf '%s\0' "$PWD" "${PET_NNODES-}" "${PET_MASTER_ADDR-}" "${PET_MASTER_PORT-}" "$@" \
     > "$NOTES/words-$me"
-trap 'echo TERM > "$NOTES/signal-$me"; exit 75' TERM
+trap 'sleep 0.1; echo TERM > "$NOTES/signal-$me"; exit 75' TERM
 echo > "$NOTES/began-$me"
 for code in "$NOTES"/code-*; do
     [[ $(cat "$code") != wait ]] || until [[ -e ${code/code/began} ]]; do sleep 0.02; done
@@ -73,8 +73,11 @@ class Machines:
         path = self.folder / "script"
         path.write_text(script)
         assert subprocess.run(["bash", "-n", path]).returncode == 0
+        return self.popen(["bash", path])
+
+    def popen(self, words, **more):
         process = subprocess.Popen(
-            ["bash", path], env=self.environment, cwd=self.folder, preexec_fn=_heed_signals
+            words, env=self.environment, cwd=self.folder, preexec_fn=_heed_signals, **more
         )
         self.started.append(process)
         return process
@@ -82,7 +85,7 @@ class Machines:
     def close(self):
         for process in self.started:
             process.kill()
-            process.wait()
+            process.communicate()
 
     def run(self, script):
         return self.start(script).wait(30)

@@ -1,12 +1,14 @@
 """One command on each host: how all of them end, whatever one of them does."""
 
+import shutil
 import signal
+import subprocess
 
 import pytest
 
 from nibble.config import load_config
 from nibble.experiment.launch import slurm, ssh
-from nibble.experiment.launch.script import MARK, PATIENCE_SECONDS, RESUMABLE
+from nibble.experiment.launch.script import MARK, PATIENCE_SECONDS, RESUMABLE, command_of
 
 from .conftest import UGLY
 
@@ -96,6 +98,19 @@ def test_no_machine_goes_on_without_the_script(script, machines):
     machines.until("began-0", "began-1")
     assert machines.stop(process, signal.SIGKILL) == -signal.SIGKILL
     machines.until("signal-0", "signal-1")
+
+
+@pytest.mark.parametrize("shell", [name for name in ("bash", "dash") if shutil.which(name)])
+@pytest.mark.parametrize("numbers", [[signal.SIGTERM] * 3, [signal.SIGUSR1], [signal.SIGHUP]])
+def test_a_signal_to_the_shell_of_a_machine_is_for_its_command(make_job, machines, shell, numbers):
+    words = command_of(make_job(machines.python, workdir=str(machines.work)))
+    machines.codes("wait")
+    process = machines.popen([shell, *words[1:]], stdin=subprocess.PIPE)
+    machines.until("began-0")
+    for number in numbers:
+        process.send_signal(number)
+    assert process.wait(20) == 75
+    assert machines.said("signal-0") == "TERM\n"
 
 
 def test_a_folder_that_is_not_there(script, machines):

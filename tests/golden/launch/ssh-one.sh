@@ -9,10 +9,15 @@ exec 3<&0
 "$@" </dev/null 3<&- &
 command=$!
 { while read -r line; do :; done <&3; kill "$command"; } >/dev/null 2>&1 &
+reader=$!
 exec 3<&-
-wait "$command"
-code=$?
-kill "$!" 2>/dev/null
+trap "kill $command" TERM INT HUP USR1
+while
+    wait "$command"
+    code=$?
+    kill -0 "$command" 2>/dev/null
+do :; done
+kill "$reader" 2>/dev/null
 exit "$code"
 '"'"' sh '"'"'/shared/my work'"'"' /shared/venv/bin/python -m nibble train \
     --set '"'"'out="/shared/my work/runs/first"'"'"' \
