@@ -1,7 +1,11 @@
 """`nibble launch`: a run on a cluster, in a cloud or on other hosts; one file and its command."""
 
+import os
 import shlex
+import shutil
+import signal
 import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -73,20 +77,29 @@ def launch(
         typer.echo(f"wrote {made.file}", err=True)
         typer.echo(" && ".join(shlex.join(command) for command in made.commands))
     if submit:
-        _submit(made.commands)
+        _submit(made.commands, is_quiet=as_json)
 
 
-def _submit(commands: Sequence[Sequence[str]]) -> None:
-    """Run the commands in order; the first that fails ends this one with its exit code."""
+def _submit(commands: Sequence[Sequence[str]], *, is_quiet: bool) -> None:
+    """Run the commands in order; the first that fails ends this one with its exit code.
+
+    The last one takes the place of this process, so that signals are its own. Where it is quiet
+    they say on stderr what they have to say.
+    """
     from nibble.errors import UnavailableError
 
-    for command in commands:
-        try:
-            code = subprocess.run(command).returncode
-        except FileNotFoundError:
-            raise UnavailableError(
-                f"{command[0]} is not on this machine",
-                fix="run the printed command where it is",
-            ) from None
+    *first, last = commands
+    if shutil.which(last[0]) is None:
+        raise UnavailableError(
+            f"{last[0]} is not on this machine", fix="run the printed command where it is"
+        )
+    sys.stdout.flush()
+    for command in first:
+        code = subprocess.run(command, stdout=2 if is_quiet else None).returncode
         if code:
             raise typer.Exit(code if code > 0 else 1)
+    if is_quiet:
+        os.dup2(2, 1)
+    # Python ignores it; what is started here is not to.
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    os.execvp(last[0], last)

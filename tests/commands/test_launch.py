@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -53,30 +54,60 @@ def test_json(call):
 
 
 @pytest.fixture
-def sbatch(tmp_path, monkeypatch):
-    """A stand-in that writes down its words and ends as it is told."""
+def programs(tmp_path, monkeypatch):
+    """A folder for stand-ins of what starts a job."""
     folder = tmp_path / "bin"
     folder.mkdir()
-
-    def make(code):
-        program = folder / "sbatch"
-        program.write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" > {tmp_path}/words\nexit {code}\n')
-        program.chmod(0o755)
-
     monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+    monkeypatch.chdir(tmp_path)
+
+    def make(name, text):
+        (folder / name).write_text(f"#!/bin/bash\n{text}\n")
+        (folder / name).chmod(0o755)
+
     return make
 
 
-def test_nothing_is_started_unless_asked(call, sbatch, tmp_path):
-    sbatch(0)
+def started(*words):
+    command = [sys.executable, "-m", "nibble", "launch", *words]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def submitted(*words):
+    """Exit code, stdout and stderr of a process of its own: the command takes its place."""
+    with started(*words, "--submit") as process:
+        said = process.communicate(timeout=60)
+    return process.returncode, *said
+
+
+def test_nothing_is_started_unless_asked(call, programs, tmp_path):
+    programs("sbatch", f'printf "%s\\n" "$@" > {tmp_path}/words\nexit 3')
     name = "job $(touch PWNED) 'x'"
     assert call(*RUN, *SLURM, "--to", name)[0] == 0
     assert not (tmp_path / "words").exists()
-    assert call(*RUN, *SLURM, "--to", name, "--submit")[0] == 0
+    assert submitted(*RUN, *SLURM, "--to", name)[0] == 3
     assert (tmp_path / "words").read_text() == f"{name}\n"
-    sbatch(3)
-    assert call(*RUN, *SLURM, "--to", name, "--submit")[0] == 3
     assert not (tmp_path / "PWNED").exists()
+
+
+def test_one_json_document_whatever_is_run(programs):
+    programs("kubectl", 'echo "$1"')
+    words = ["--on", "k8s", "--gpus", "1", "--memory", "1GiB", "--image", "i", "--storage", "c"]
+    code, shown, errors = submitted(*RUN, *words, "--json")
+    assert (code, json.loads(shown)["version"]) == (0, 1)
+    assert errors.splitlines()[-2:] == ["delete", "apply"]
+    programs("kubectl", 'echo "$1" >> order; [ "$1" = apply ] || exit 4')
+    assert submitted(*RUN, *words)[0] == 4
+    assert Path("order").read_text() == "delete\n"
+
+
+def test_a_signal_is_for_what_was_started(programs):
+    programs("bash", "trap 'exit 75' TERM\necho ready\nwhile :; do sleep 0.05; done")
+    words = ["--on", "ssh", "--host", "a", "--gpus", "1", "--to", "job", "--submit"]
+    with started(*RUN, *words) as process:
+        assert [process.stdout.readline() for _ in range(2)] == ["bash job\n", "ready\n"]
+        process.terminate()
+        assert process.wait(20) == 75
 
 
 def test_the_program_is_not_here(call, monkeypatch, tmp_path):
