@@ -21,8 +21,9 @@ PORT = 29500
 _LIMITS = (("nodes", 1, 1024), ("gpus", 1, 64), ("cpus", 1, 4096), ("port", 1024, 65535))
 # Folders that a machine has for itself, and may empty when it starts.
 _OF_ONE_MACHINE = ("/tmp", "/var/tmp", "/dev/shm", "/run")
-# What ssh takes as an option, or a shell would split, is no host.
-_HOST = re.compile(r"([A-Za-z0-9_.]+@)?[A-Za-z0-9_.:\[\]][A-Za-z0-9_.:\[\]-]*")
+# What ssh takes as an option, or a shell would split, is no host; two colons make an address.
+_NAME = r"[A-Za-z0-9_.][A-Za-z0-9_.-]*"
+_HOST = re.compile(rf"({_NAME}@)?({_NAME}|(?=.*:.*:)[0-9A-Fa-f:.]+)")
 
 
 @dataclass(frozen=True)
@@ -114,8 +115,11 @@ def check_options(
 def _check_hosts(hosts: Collection[str]) -> None:
     for host in hosts:
         if not _HOST.fullmatch(host):
-            raise UsageError(f"--host {host!r} is no name of a host", fix="write gpu-0 or me@gpu-0")
-    if len(set(hosts)) < len(hosts):
+            raise UsageError(
+                f"--host {host!r} is no name of a host",
+                fix="write gpu-0 or me@gpu-0; a port of ssh stands in its own settings",
+            )
+    if len({host.rpartition("@")[2] for host in hosts}) < len(hosts):
         raise UsageError("a --host stands twice", fix="name each machine once")
 
 

@@ -1,5 +1,6 @@
 """A Job for Kubernetes, with a headless service where several machines meet: `kubectl apply`."""
 
+import re
 from typing import Any
 
 from nibble.errors import (
@@ -21,6 +22,7 @@ _FINAL = sorted(
     for error in (UsageError, DataError, NonFiniteError, OutOfMemoryError, DoesNotFitError)
 )
 _MOST_FAILURES = 6
+_CLAIM = re.compile(r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?")
 _LEAST_GRACE_SECONDS = 60
 _SPARE_SECONDS = 35
 _RULES = [
@@ -41,7 +43,16 @@ _RULES = [
 
 
 def render(job: Job) -> str:
-    """The documents of the file."""
+    """The documents of the file.
+
+    Raises:
+        UsageError: If the storage cannot be the name of a claim.
+    """
+    if not _CLAIM.fullmatch(job.storage):
+        raise UsageError(
+            f"--storage {job.storage!r} is no name of a PersistentVolumeClaim",
+            fix="give one of `kubectl get pvc`",
+        )
     return to_text(*([_service(job)] if job.nodes > 1 else []), _job(job))
 
 
@@ -67,7 +78,7 @@ def _job(job: Job) -> dict[str, Any]:
 
 
 def _pod(job: Job) -> dict[str, Any]:
-    limits = {"nvidia.com/gpu": job.gpus, "memory": f"{(job.memory_bytes or 0) // 2**20}Mi"}
+    limits = {"nvidia.com/gpu": job.gpus, "memory": f"{-(-(job.memory_bytes or 0) // 2**20)}Mi"}
     requests = {} if job.cpus is None else {"requests": {"cpu": job.cpus}}
     container = {
         "name": _CONTAINER,

@@ -1,20 +1,31 @@
 """A managed job for SkyPilot: `sky jobs launch FILE`."""
 
+import re
 import shlex
 from typing import Any
 
-from nibble.errors import StoppedError
+from nibble.errors import StoppedError, UsageError
 from nibble.experiment.launch.document import to_text
 from nibble.experiment.launch.job import Job
 from nibble.experiment.launch.script import quoted_lines
 
+_ACCELERATOR = re.compile(r"[A-Za-z][A-Za-z0-9-]*")
 _MEETING = """export PET_NNODES="$SKYPILOT_NUM_NODES" PET_NODE_RANK="$SKYPILOT_NODE_RANK"
 export PET_MASTER_ADDR="$(echo "$SKYPILOT_NODE_IPS" | head -n 1)" PET_MASTER_PORT=@PORT@
 """
 
 
 def render(job: Job) -> str:
-    """The task."""
+    """The task.
+
+    Raises:
+        UsageError: If the device is written in no way that SkyPilot knows.
+    """
+    if not _ACCELERATOR.fullmatch(job.device):
+        raise UsageError(
+            f'--device "{job.device}" is not how SkyPilot writes a GPU',
+            fix="write A100-80GB or H100; `sky show-gpus` has them all",
+        )
     resources: dict[str, Any] = {
         "accelerators": {job.device: job.gpus},
         "image_id": f"docker:{job.image}",

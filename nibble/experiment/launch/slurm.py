@@ -42,7 +42,7 @@ def render(job: Job) -> str:
             f"--time {job.seconds} s leaves nothing: the last {lead} s are kept to save the run",
             fix="give it more",
         )
-    memory_mib = (job.memory_bytes or 0) // 2**20
+    memory_mib = -(-(job.memory_bytes or 0) // 2**20)
     options = {
         "job-name": job.name,
         "nodes": job.nodes,

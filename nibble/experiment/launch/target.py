@@ -131,7 +131,9 @@ def write_launch(
     text = target.render(job)
     file = to or Path(job.name + target.suffix)
     _write(file, text)
-    return Launch(file, target.commands(str(file)))
+    # What begins with a dash would be an option.
+    word = f"./{file}" if str(file).startswith("-") else str(file)
+    return Launch(file, target.commands(word))
 
 
 def _planned_gpus(run: RunConfig, options: Options) -> int:
@@ -156,9 +158,14 @@ def _write(file: Path, text: str) -> None:
     with disk_errors(f"cannot write {file}"):
         if file.is_dir():
             raise UsageError(f"--to {file} is a folder", fix="name a file in it")
-        if file.is_file():
-            with file.open("rb") as old:
-                is_ours = MARK.encode() in old.read(_LONGEST_MARK)
-            if not is_ours:
-                raise FolderInUseError(f"{file} holds something else", fix="give another --to")
+        if file.exists() and not _is_ours(file):
+            raise FolderInUseError(f"{file} holds something else", fix="give another --to")
         replace_file(file, text.encode())
+
+
+def _is_ours(file: Path) -> bool:
+    """Whether a file was written here; a pipe or a device never was."""
+    if not file.is_file():
+        return False
+    with file.open("rb") as old:
+        return MARK.encode() in old.read(_LONGEST_MARK)

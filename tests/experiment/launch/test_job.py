@@ -123,7 +123,11 @@ def test_values_that_make_no_job(options, message):
         ({"memory": "1GiB", "gpus": 1, "hosts": ("-oProxyCommand=x",)}, "is no name of a host"),
         ({"memory": "1GiB", "gpus": 1, "hosts": ("a b",)}, "is no name of a host"),
         ({"memory": "1GiB", "gpus": 1, "hosts": ("$(x)",)}, "is no name of a host"),
+        ({"memory": "1GiB", "gpus": 1, "hosts": ("a:22",)}, "is no name of a host"),
+        ({"memory": "1GiB", "gpus": 1, "hosts": ("[::1]",)}, "is no name of a host"),
+        ({"memory": "1GiB", "gpus": 1, "hosts": ("-a@b",)}, "is no name of a host"),
         ({"memory": "1GiB", "gpus": 1, "hosts": ("a", "a")}, "stands twice"),
+        ({"memory": "1GiB", "gpus": 1, "hosts": ("a", "me@a")}, "stands twice"),
         ({"memory": "1GiB", "gpus": 1, "port": 80}, "--port 80 is not from 1024"),
     ],
 )
@@ -136,7 +140,7 @@ def test_options_that_are_refused(options, message):
 def test_options_that_are_taken():
     takes = ("gpus", "nodes", "hosts", "device")
     for options in (
-        {"gpus": 8, "nodes": 2, "hosts": ("me@gpu-0.lab", "10.0.0.1", "[::1]")},
+        {"gpus": 8, "nodes": 2, "hosts": ("ec2-user@gpu-0.lab", "10.0.0.1", "::1", "me@fe80::1")},
         {"device": "A100-80GB"},
         {"device": "24GiB"},
     ):

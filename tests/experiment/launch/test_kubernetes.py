@@ -5,6 +5,7 @@ import re
 import pytest
 import yaml
 
+from nibble.errors import UsageError
 from nibble.experiment.launch.kubernetes import render
 
 from .conftest import UGLY
@@ -68,7 +69,7 @@ def test_several_machines_meet_at_the_first(job):
 
 
 def test_one_machine_needs_no_service(make_job):
-    (made,) = documents(make_job(nodes=1, cpus=None, seconds=None))
+    (made,) = documents(make_job(storage="claim", nodes=1, cpus=None, seconds=None))
     assert not {"completions", "completionMode", "activeDeadlineSeconds"} & made["spec"].keys()
     pod = made["spec"]["template"]["spec"]
     assert "subdomain" not in pod
@@ -90,5 +91,17 @@ def test_what_a_pod_is_given(job):
 
 @pytest.mark.parametrize(("stop_seconds", "grace"), [(25, 60), (600, 635)])
 def test_time_to_save(make_job, stop_seconds, grace):
-    made = documents(make_job(stop_seconds=stop_seconds))[1]
+    made = documents(make_job(storage="claim", stop_seconds=stop_seconds))[1]
     assert made["spec"]["template"]["spec"]["terminationGracePeriodSeconds"] == grace
+
+
+@pytest.mark.parametrize("storage", ["s3://bucket", "Claim", "a b", "-claim", "claim\n"])
+def test_a_storage_that_is_no_claim(make_job, storage):
+    with pytest.raises(UsageError, match="no name of a PersistentVolumeClaim"):
+        render(make_job(storage=storage))
+
+
+def test_memory_is_never_none(make_job):
+    made = documents(make_job(storage="claim", memory_bytes=1))[1]
+    limits = made["spec"]["template"]["spec"]["containers"][0]["resources"]["limits"]
+    assert limits["memory"] == "1Mi"

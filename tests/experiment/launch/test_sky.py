@@ -3,6 +3,7 @@
 import pytest
 import yaml
 
+from nibble.errors import UsageError
 from nibble.experiment.launch.sky import render
 
 SKY = {"SKYPILOT_NUM_NODES": "2", "SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2"}
@@ -37,9 +38,16 @@ def test_what_sky_is_asked_for(job):
 
 
 def test_a_volume_and_no_more_than_was_asked_for(make_job):
-    task = yaml.safe_load(render(make_job(storage="volume", cpus=None, memory_bytes=None)))
-    assert task["volumes"] == {make_job().workdir: "volume"}
+    job = make_job(device="T4", storage="volume", cpus=None, memory_bytes=None)
+    task = yaml.safe_load(render(job))
+    assert task["volumes"] == {job.workdir: "volume"}
     assert not {"cpus", "memory"} & task["resources"].keys()
+
+
+@pytest.mark.parametrize("device", ["A100 80GB", "24GiB"])
+def test_a_device_that_is_not_spelt_as_sky_does(make_job, device):
+    with pytest.raises(UsageError, match="not how SkyPilot writes a GPU"):
+        render(make_job(device=device))
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -54,4 +62,4 @@ def test_every_machine_gets_the_words_as_they_are(job, machines, rank):
 
 
 def test_one_machine_meets_nobody(make_job):
-    assert "export" not in render(make_job(nodes=1))
+    assert "export" not in render(make_job(device="T4", nodes=1))

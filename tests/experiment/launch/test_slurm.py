@@ -90,3 +90,8 @@ def test_a_time_in_which_nothing_could_be_trained(make_job):
     with pytest.raises(UsageError, match="the last 120 s are kept"):
         render(make_job(seconds=120))
     assert "time" not in asked(render(make_job(seconds=None)))
+
+
+def test_a_little_memory_is_not_all_of_it(make_job):
+    """Slurm reads 0 as all that a machine has."""
+    assert asked(render(make_job(memory_bytes=1)))["mem"] == "1M"

@@ -1,5 +1,6 @@
 """Each kind of place: the file it gets, compared with the one that was read and found right."""
 
+import os
 import runpy
 from dataclasses import replace
 from pathlib import Path
@@ -85,6 +86,21 @@ def test_writing_it_again_and_over_something_else(run, tmp_path, monkeypatch):
     with pytest.raises(UsageError, match="is a folder"):
         write_launch(run, "slurm", options, to=tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [made.file.name]
+
+
+def test_a_pipe_is_not_replaced(run, tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(FolderInUseError, match="holds something else"):
+        write_launch(run, "slurm", Options(**SLURM.given(), gpus=1), to=pipe)
+    assert pipe.is_fifo()
+
+
+def test_a_file_that_looks_like_an_option(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    made = write_launch(run, "slurm", Options(**SLURM.given(), gpus=1), to=Path("-job"))
+    assert made.commands == [["sbatch", "./-job"]]
+    assert (tmp_path / "-job").is_file()
 
 
 @pytest.fixture(scope="module")
