@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -80,7 +79,7 @@ def launch(
         _submit(made.commands, is_quiet=as_json)
 
 
-def _submit(commands: Sequence[Sequence[str]], *, is_quiet: bool) -> None:
+def _submit(commands: list[list[str]], *, is_quiet: bool) -> None:
     """Run the commands in order; the first that fails ends this one with its exit code.
 
     The last one takes the place of this process, so that signals are its own. Where it is quiet

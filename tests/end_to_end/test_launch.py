@@ -143,6 +143,7 @@ def test_a_machine_that_is_gone(place, whole, gone):
     assert place.results(name) == whole
 
 
+@pytest.mark.slow
 def test_slurm_ends_its_time_and_begins_another(place, whole):
     name, job = "queued", {"SLURM_JOB_ID": str(a_free_number())}
     words = ["--on", "slurm", "--nodes", 2, "--cpus", 1, "--memory", "1GiB"]
