@@ -70,7 +70,7 @@ class AdapterConfig:
 
 @dataclass(frozen=True)
 class StoredAdapter:
-    """The checked content of an adapter folder.
+    """What an adapter folder holds, checked.
 
     Args:
         config: What decides the arithmetic.
@@ -79,8 +79,8 @@ class StoredAdapter:
     """
 
     config: AdapterConfig
-    layers: list[str]
-    tensors: dict[str, Tensor]
+    layers: tuple[str, ...]
+    tensors: Mapping[str, Tensor]
 
 
 def write_adapter(
@@ -131,7 +131,7 @@ def read_adapter(model: nn.Module, folder: str | Path) -> AdaptedLayers:
         AdapterError: If a file is missing or broken, a feature is unknown, or a tensor does not
             fit the model, which is left as it was.
     """
-    stored = read_factors(model, folder)
+    stored = read_factors(folder, linear_layers(model))
     config = stored.config
     adapted = adapt(
         model,
@@ -147,30 +147,8 @@ def read_adapter(model: nn.Module, folder: str | Path) -> AdaptedLayers:
     return adapted
 
 
-def read_factors(model: nn.Module, folder: str | Path) -> StoredAdapter:
-    """What an adapter folder holds, checked against `model`, which may be without values.
-
-    Raises:
-        AdapterError: As `read_adapter`.
-    """
-    folder = Path(folder)
-    config = read_adapter_config(folder)
-    entries = _read_entries(folder / WEIGHTS_FILE)
-    modules = dict(model.named_modules())
-    layers = list(dict.fromkeys(_layer_of(key, modules) for key in entries))
-    known = linear_layers(model)
-    _check_layers(layers, known, folder)
-    shapes = {k: s for name in layers for k, s in _factors(name, known[name], config.rank)}
-    _check_keys(set(shapes), set(entries), folder)
-    # Before anything is made: a rank that the factors do not have would only fill memory.
-    _check_shapes(entries, shapes, folder)
-    return StoredAdapter(config, layers, _read_finite(folder / WEIGHTS_FILE, entries))
-
-
 def read_base_options(folder: str | Path) -> dict[str, Any]:
-    """How the base was kept while the adapter was trained: arguments of `load_base`.
-
-    Empty where the file does not say so, as in adapters of other tools.
+    """How the base was kept in training, as arguments of `load_base`; empty if nobody says so.
 
     Raises:
         AdapterError: If the file is missing or broken.
@@ -194,6 +172,27 @@ def _metadata_of(model: nn.Module) -> dict[str, str]:
         return {"format": "pt"}
     options["dtype"] = str(options["dtype"]).removeprefix("torch.")
     return {"format": "pt", _BASE_KEY: json.dumps(options)}
+
+
+def read_factors(folder: str | Path, known: Mapping[str, nn.Module]) -> StoredAdapter:
+    """The content of an adapter folder, after it was checked against the layers of a model.
+
+    Args:
+        known: The layers that can be adapted, by name.
+
+    Raises:
+        AdapterError: As `read_adapter`.
+    """
+    folder = Path(folder)
+    config = read_adapter_config(folder)
+    entries = _read_entries(folder / WEIGHTS_FILE)
+    layers = list(dict.fromkeys(_layer_of(key, known) for key in entries))
+    _check_layers(layers, known, folder)
+    shapes = {k: s for name in layers for k, s in _factors(name, known[name], config.rank)}
+    _check_keys(set(shapes), set(entries), folder)
+    # Before anything is made: a rank that the factors do not have would only fill memory.
+    _check_shapes(entries, shapes, folder)
+    return StoredAdapter(config, tuple(layers), _read_finite(folder / WEIGHTS_FILE, entries))
 
 
 def _read_finite(path: Path, entries: Mapping[str, Entry]) -> dict[str, Tensor]:
@@ -342,12 +341,12 @@ def _read_entries(path: Path) -> dict[str, Entry]:
     return entries
 
 
-def _layer_of(key: str, modules: Mapping[str, nn.Module]) -> str:
+def _layer_of(key: str, known: Mapping[str, nn.Module]) -> str:
     name = key.removeprefix(PREFIX)
     for suffix in (".lora_A.weight", ".lora_B.weight"):
         if key.startswith(PREFIX) and name.endswith(suffix):
             layer = name.removesuffix(suffix)
-            while layer.endswith(".base_layer") and layer not in modules:
+            while layer.endswith(".base_layer") and layer not in known:
                 layer = layer.removesuffix(".base_layer")
             return layer
     raise AdapterError(

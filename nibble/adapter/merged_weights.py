@@ -28,6 +28,7 @@ from nibble.adapter.weights import Base, Weight, quantize_rows, weight_of
 from nibble.disk import disk_errors, write_file
 from nibble.errors import UsageError
 from nibble.kernels.nf4 import Quantized, dequantize
+from nibble.model.adapt import linear_layers
 from nibble.model.files import CONFIG_FILE, INDEX_FILE, SINGLE_FILE, read_config, read_index
 from nibble.model.load import build_storage
 from nibble.model.names import match_names
@@ -92,7 +93,8 @@ def open_merge(folder: Path, adapter: Path) -> MergeBase:
     is_known = not any(isinstance(layer, Conv1D) for layer in linears.values())
     low_bit = {t.name for t in targets if is_known and not placer.needs_copy(t.name)}
     dense = [name for name in linears if f"{name}.weight" not in low_bit]
-    updates = read_updates(model, read_factors(with_experts(model), adapter))
+    stored = read_factors(adapter, linear_layers(with_experts(model)))
+    updates = read_updates(model, stored)
     weights = [
         replace(
             weight_of(target, shapes[target.name]),

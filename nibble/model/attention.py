@@ -27,6 +27,7 @@ from transformers.models.falcon.modeling_falcon import FalconAttention, apply_ro
 
 from nibble.errors import ModelError
 from nibble.kernels.attention import blocked_attention, has_own_attention
+from nibble.model.cache import CachedDocuments
 
 NAME = "nibble"
 QUERY_BLOCK = 512
@@ -76,6 +77,10 @@ def packed_attention(
         "window": options.get("sliding_window"),
         "softcap": options.get("softcap"),
     }
+    if isinstance(documents, CachedDocuments):
+        attended = _attend_cached(module, query, key, value, documents, options)
+        if attended is not None:
+            return attended, None
     if _is_plain(options, documents) and has_own_attention(query):
         return blocked_attention(query, key, value, documents, options["scale"]), None
     outputs = []
@@ -103,7 +108,9 @@ class PackedFalconAttention(FalconAttention):
     ) -> tuple[Tensor, Tensor | None]:
         """(1, T, D) -> (1, T, D); other calls are left to transformers."""
         mask, position_ids = kwargs.get("attention_mask"), kwargs.get("position_ids")
-        if position_ids is None or not _is_placeholder(mask, hidden_states.shape[1]):
+        is_cached = isinstance(getattr(position_ids, "nibble_documents", None), CachedDocuments)
+        is_packed = is_cached or _is_placeholder(mask, hidden_states.shape[1])
+        if position_ids is None or not is_packed:
             return super().forward(hidden_states, **kwargs)
         query, key, value = (
             states.transpose(1, 2)
@@ -113,6 +120,22 @@ class PackedFalconAttention(FalconAttention):
         documents = _documents(position_ids)
         output, _ = packed_attention(self, query, key, value, None, documents)
         return self.dense(output.flatten(2)), None
+
+
+def _attend_cached(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    documents: CachedDocuments,
+    options: dict[str, Any],
+) -> Tensor | None:
+    """Keep the new tokens, and attend to those before them; None where there are none."""
+    if documents.is_fresh:
+        documents.append(module.layer_idx, key, value)
+        return None
+    rest = {name: options[name] for name in ("scale", "window", "softcap")}
+    return documents.attend(module.layer_idx, query, key, value, **rest)
 
 
 def _attend_masked(
@@ -250,7 +273,7 @@ def _is_placeholder(mask: Any, num_keys: int) -> bool:
     return isinstance(mask, Tensor) and mask.shape == (1, 1, 1, 1) and num_keys > 1
 
 
-def _documents(position_ids: Tensor) -> tuple[int, ...]:
+def _documents(position_ids: Tensor) -> Sequence[int]:
     """Boundaries of the documents, read off the positions once per batch and kept with them."""
     known = getattr(position_ids, "nibble_documents", None)
     if known is None:

@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from transformers.integrations import moe
 
+from nibble.kernels.few_rows import add_update_, few_rows_product, is_few
 from nibble.kernels.nf4 import Quantized, dequantize_slice
 from nibble.model.linear4bit import scratch
 from nibble.model.lora import lora_scale
@@ -82,6 +83,13 @@ class ExpertWeight(nn.Module):
         out = scratch(q.codes.device, dtype, prod(self.shape[1:]))
         return dequantize_slice(q, expert, dtype=dtype, out=out)
 
+    def use_factors(self, lora_A: Tensor | None, lora_B: Tensor | None, scale: float) -> None:
+        """Compute with these frozen factors of all experts, or with none, from now on."""
+        for name, factor in (("lora_A", lora_A), ("lora_B", lora_B)):
+            value = None if factor is None else nn.Parameter(factor, requires_grad=False)
+            self.register_parameter(name, value)
+        self.scale = scale
+
     def factors(self) -> list[tuple[Tensor, Tensor]]:
         """Every expert's A (R, I) and B (O, R); nothing without an update."""
         if self.lora_A is None or self.lora_B is None:
@@ -106,10 +114,16 @@ class ExpertWeight(nn.Module):
 
     def forward(self, x: Tensor, expert: int, factors: list[tuple[Tensor, Tensor]]) -> Tensor:
         """(T, I) -> (T, O) for the tokens of one expert; `factors` as `factors()` gives them."""
-        y: Any = _ExpertProduct.apply(x, self, expert)
+        if is_few(x):
+            y: Any = few_rows_product(x, self.dense_weight(expert, x.dtype))
+        else:
+            y = _ExpertProduct.apply(x, self, expert)
         if not factors:
             return y
         lora_A, lora_B = factors[expert]
+        if is_few(x):
+            add_update_(y, x, lora_A, lora_B, self.scale)
+            return y
         return y + (x @ lora_A.to(x.dtype).T) @ (lora_B * self.scale).to(x.dtype).T
 
 

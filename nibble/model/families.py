@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from nibble.errors import ModelError
+from nibble.kernels.few_rows import few_rows_product, is_few
 
 _SEPARATE = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
@@ -93,7 +94,10 @@ class Head:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., D) -> (..., V)."""
-        logits = nn.functional.linear(hidden, self.weight)
+        if is_few(hidden):
+            logits = few_rows_product(hidden, self.weight)
+        else:
+            logits = nn.functional.linear(hidden, self.weight)
         if self.logit_scale != 1.0:
             logits = logits * self.logit_scale
         if self.softcap is not None:

@@ -5,11 +5,12 @@ the output of attention, gate and up. Layers of other kinds stay as transformers
 """
 
 from functools import partial
-from types import FunctionType
+from types import FunctionType, SimpleNamespace
 from typing import Any
 
 from torch import Tensor, nn
 
+from nibble.kernels.few_rows import few_rows_product, is_few
 from nibble.kernels.layers import gated, rms_norm
 from nibble.kernels.rotary import rotary
 
@@ -21,6 +22,10 @@ _UNIT_OFFSET = {
 }  # fmt: skip
 # What transformers calls the activations that `gated` knows.
 _ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+
+
+def _linear(x: Tensor, weight: Tensor) -> Tensor:
+    return few_rows_product(x, weight) if is_few(x) else nn.functional.linear(x, weight)
 
 
 def _norm(module: Any, unit_offset: bool, x: Tensor) -> Tensor:
@@ -50,6 +55,9 @@ _ROTATED = (
     "Qwen3MoeAttention", "GemmaAttention", "Gemma2Attention", "Gemma3Attention", "Phi3Attention",
 )  # fmt: skip
 
+# Layers that choose experts: they call `F.linear`.
+_ROUTERS = ("MixtralTopKRouter", "Qwen3MoeTopKRouter")
+
 
 def use_lean_layers(model: nn.Module) -> None:
     """Give the frozen parts of `model` that are known here their lean form, in place."""
@@ -63,6 +71,9 @@ def use_lean_layers(model: nn.Module) -> None:
                 module.forward = partial(_GATED[name], module, activation)
         elif name in _ROTATED:
             forward = _calling(type(module).forward, apply_rotary_pos_emb=rotary)
+            module.forward = partial(forward, module)
+        elif name in _ROUTERS:
+            forward = _calling(type(module).forward, F=SimpleNamespace(linear=_linear))
             module.forward = partial(forward, module)
 
 

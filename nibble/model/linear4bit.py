@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
 from nibble.kernels.adapted import frozen_gradient, frozen_product
+from nibble.kernels.few_rows import few_rows_product, is_few
 from nibble.kernels.nf4 import BLOCK_SIZE, Quantized, dequantize, quantize
 from nibble.kernels.products import product_dtype
 
@@ -59,6 +60,8 @@ class DenseLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., I) -> (..., O)."""
+        if is_few(x):
+            return few_rows_product(x, self.dense_weight(), self.bias)
         return _frozen_linear(x, self, self.bias)
 
     def extra_repr(self) -> str:
@@ -141,6 +144,8 @@ class Linear4bit(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., I) -> (..., O)."""
+        if is_few(x):
+            return few_rows_product(x, self.quantized, self.bias)
         return _frozen_linear(x, self, self.bias)
 
     def extra_repr(self) -> str:

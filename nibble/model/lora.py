@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from nibble.kernels.adapted import adapted_gradients, adapted_product
+from nibble.kernels.few_rows import add_update_, is_few
 from nibble.kernels.layers import recipe_of
 from nibble.kernels.products import product_dtype
 from nibble.model.linear4bit import weight_for_product
@@ -94,6 +95,10 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., I) -> (..., O)."""
+        if is_few(x) and not (self.training and self.dropout):
+            y = self.base(x)
+            add_update_(y, x, self.lora_A, self.lora_B, self.scale)
+            return y
         x_dropped = F.dropout(x, self.dropout) if self.training and self.dropout else None
         return _AdaptedProduct.apply(x, x_dropped, self.lora_A, self.lora_B, self.base, self.scale)
 

@@ -1,14 +1,15 @@
-"""Text from a model: prefill, decode with a cache, sample."""
+"""One answer of a model."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
-import torch
-from torch import Tensor
-from transformers import DynamicCache
-
 from nibble.data.chat import prompt_ids
-from nibble.model.families import decoder_of, head_of
+from nibble.errors import UsageError
+from nibble.serve.batch import Batch
+from nibble.serve.sampling import Sampling
+
+__all__ = ["Sampling", "generate"]
 
 
 def generate(
@@ -16,88 +17,56 @@ def generate(
     tokenizer: Any,
     prompt: str | Sequence[dict[str, Any]],
     *,
-    max_new_tokens: int = 256,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    seed: int | None = None,
     on_text: Callable[[str], None] | None = None,
+    **settings: Any,
 ) -> str:
     """The model's answer.
 
+        generate(model, tokenizer, "Once upon a time")
+        generate(model, tokenizer, messages, temperature=0.7, top_p=0.9, seed=1, stop=["\\n\\n"])
+
     Args:
         prompt: Plain text to go on from, or messages that go through the chat template.
-        temperature: 0 takes the most likely token; above, tokens are drawn.
-        top_p: Draw among the likeliest tokens that make up this probability, in (0, 1].
-        seed: Of the draw; None leaves it to chance.
         on_text: Receives the text as it grows.
+        settings: max_new_tokens, temperature, top_p, top_k, seed and stop, as `Sampling` has
+            them. An answer also ends where the context of the model does.
+
+    Raises:
+        UsageError: If a value is out of range, or the prompt is empty or too long.
     """
     if isinstance(prompt, str):
-        ids = tokenizer(prompt)["input_ids"]
+        ids = list(tokenizer(prompt, verbose=False).input_ids)
     else:
         ids = prompt_ids(prompt, tokenizer)
-    generator = torch.Generator(head_of(model).weight.device)
-    if seed is not None:
-        generator.manual_seed(seed)
-    else:
-        generator.seed()
-    choose = _chooser(temperature, top_p, generator)
-    new_ids: list[int] = []
-    shown = ""
-    stops = stop_ids(model, tokenizer)
-    for token in decode(model, ids, choose, max_new_tokens=max_new_tokens):
-        if token in stops:
-            break
-        new_ids.append(token)
+    sampling = _within_context(model, len(ids), Sampling(**_with_stops(settings)))
+    parts: list[str] = []
+    for text in _texts(model, tokenizer, ids, sampling):
+        parts.append(text)
         if on_text is not None:
-            text = tokenizer.decode(new_ids, skip_special_tokens=True)
-            if not text.endswith("\ufffd"):
-                on_text(text[len(shown) :])
-                shown = text
-    return tokenizer.decode(new_ids, skip_special_tokens=True)
+            on_text(text)
+    return "".join(parts)
 
 
-@torch.no_grad()
-def decode(
-    model: Any, ids: Sequence[int], choose: Callable[[Tensor], int], *, max_new_tokens: int
-) -> Iterator[int]:
-    """New token ids one by one; the prompt runs once, then one token at a time."""
-    model.eval()
-    head = head_of(model)
-    decoder = decoder_of(model)
-    cache = DynamicCache(config=model.config)
-    inputs = torch.tensor([list(ids)], device=head.weight.device)
-    for _ in range(max_new_tokens):
-        output = decoder(input_ids=inputs, past_key_values=cache, use_cache=True)
-        token = choose(head.logits(output[0][0, -1]))
-        yield token
-        inputs = torch.tensor([[token]], device=head.weight.device)
+def _with_stops(settings: dict[str, Any]) -> dict[str, Any]:
+    return {**settings, "stop": tuple(settings["stop"])} if "stop" in settings else settings
 
 
-def stop_ids(model: Any, tokenizer: Any) -> set[int]:
-    """Ids that end an answer: EOS, and the end-of-turn token of the chat template."""
-    found: set[int] = set()
-    eos = getattr(model.generation_config, "eos_token_id", None)
-    for value in (tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])):
-        if value is not None:
-            found.add(int(value))
-    for marker in ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>"):
-        token = tokenizer.convert_tokens_to_ids(marker)
-        if token is not None and token != tokenizer.unk_token_id:
-            found.add(int(token))
-    return found
+def _within_context(model: Any, num_tokens: int, sampling: Sampling) -> Sampling:
+    context = getattr(model.config, "max_position_embeddings", None)
+    if context is None:
+        return sampling
+    if num_tokens > context:
+        raise UsageError(
+            f"the prompt has {num_tokens:,} tokens, and the context of the model {context:,}",
+            fix="shorten the prompt",
+        )
+    most = min(sampling.max_new_tokens, context - num_tokens)
+    return replace(sampling, max_new_tokens=most)
 
 
-def _chooser(
-    temperature: float, top_p: float, generator: torch.Generator
-) -> Callable[[Tensor], int]:
-    def choose(logits_V: Tensor) -> int:
-        if temperature <= 0:
-            return int(logits_V.argmax())
-        probabilities_V = (logits_V.float() / temperature).softmax(-1)
-        if top_p < 1:
-            ordered, order = probabilities_V.sort(descending=True)
-            is_out = ordered.cumsum(-1) - ordered >= top_p
-            probabilities_V[order[is_out]] = 0.0
-        return int(torch.multinomial(probabilities_V, 1, generator=generator))
-
-    return choose
+def _texts(model: Any, tokenizer: Any, ids: Sequence[int], sampling: Sampling) -> Iterator[str]:
+    room = max(1, len(ids) + sampling.max_new_tokens)
+    batch = Batch(model, tokenizer, max_tokens=room, max_sequences=1)
+    batch.add(ids, sampling)
+    while batch.has_work():
+        yield from (piece.text for piece in batch.step() if piece.text)
