@@ -11,8 +11,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nibble.adapter.format import PREFIX, StoredAdapter, read_factors
 from nibble.errors import UsageError, did_you_mean
@@ -20,7 +19,7 @@ from nibble.model.adapt import frozen_linear, linear_layers
 from nibble.model.experts import Experts
 from nibble.model.families import head_of
 from nibble.model.lora import LoRALinear, lora_scale
-from nibble.model.many import Choice, ManyExperts, ManyLinear, Slices, Update
+from nibble.model.many import Choice, ExpertUpdate, ManyExperts, ManyLinear, Slices, Update
 
 
 class Adapters:
@@ -117,23 +116,18 @@ class Adapters:
 
     def _update(self, stored: StoredAdapter, layer: str) -> Any:
         base, key = self._layers[layer], f"{PREFIX}{layer}"
-        if isinstance(base, Experts):
-            parts = (f"{key}.base_layer", key)
-            return tuple(self._factors(stored, part, base) for part in parts)
-        return self._factors(stored, key, base)
-
-    def _factors(self, stored: StoredAdapter, key: str, base: nn.Module) -> Update:
         config = stored.config
         scale = lora_scale(
             rank=config.rank, alpha=config.alpha, dropout=config.dropout, rslora=config.rslora
         )
-        device = next(base.parameters()).device
+        device, dtype = next(base.parameters()).device, head_of(self._model).weight.dtype
 
-        def ready(factor: Tensor) -> Tensor:
-            return factor.to(device, head_of(self._model).weight.dtype).contiguous()
+        def factors(key: str) -> Iterator[Tensor]:
+            for part in ("lora_A", "lora_B"):
+                yield stored.tensors[f"{key}.{part}.weight"].to(device, dtype)
 
-        with torch.no_grad():
-            lora_A, lora_B = (
-                ready(stored.tensors[f"{key}.{part}.weight"]) for part in ("lora_A", "lora_B")
-            )
-        return Update(lora_A, lora_B, scale)
+        if isinstance(base, Experts):
+            keys = f"{key}.base_layer", key
+            return tuple(ExpertUpdate(*factors(each), scale) for each in keys)
+        lora_A, lora_B = factors(key)
+        return Update(lora_A.contiguous(), lora_B.T.contiguous(), scale)

@@ -5,12 +5,49 @@ sequence     kept        new      a new token sees
 1            k k         k        all three
 """
 
+import ctypes
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from nibble.kernels.layers_cpu import Kept, library_for
+
+# Keys can be read so many at once: behind the last there is memory for them.
+KEYS_AT_ONCE = 32
+
+
+def room_for(num_tokens: int) -> int:
+    """Places for the keys of so many tokens, with memory behind them."""
+    return -(-(num_tokens + KEYS_AT_ONCE - 1) // KEYS_AT_ONCE) * KEYS_AT_ONCE
+
+
+def attend_and_keep(
+    query: Tensor, key: Tensor, value: Tensor, kept: Kept, **options: Any
+) -> Tensor | None:
+    """`cached_attention` for one new token a sequence, which is kept as well; by compiled code.
+
+    Shapes:
+        query: (1, H, T, K). key and value of the new tokens: (1, G, T, K). -> (1, T, H, K).
+
+    Returns:
+        None where the compiled code is not for these states; nothing is kept then.
+    """
+    library = library_for(query, key, value)
+    is_dense = all(states.stride(-1) == 1 for states in (query, key, value))
+    if library is None or not is_dense or value.shape != key.shape:
+        return None
+    y = query.new_empty(1, query.shape[2], query.shape[1], query.shape[3])
+    library.attend_cached((query, key, value, y), kept, **options)
+    return y
+
+
+def lengths_of(lengths: Sequence[int]) -> Any:
+    """Numbers of kept keys, as `Kept` takes them."""
+    return (ctypes.c_int64 * len(lengths))(*lengths)
 
 
 def cached_attention(

@@ -675,3 +675,124 @@ double nibble_head(bfloat16 *raw, const int64_t *labels, float scale, float cap,
     }
     return loss;
 }
+
+/* ---- attention of new tokens to what their sequences keep ------------------------------------ */
+
+/* One new token of each sequence. What a key head keeps: keys (width, room), values (room, width);
+ * 32 keys can be read from any key on. */
+typedef struct {
+    const bfloat16 *query, *key, *value;    /* of the new tokens */
+    bfloat16 *y;                            /* (tokens, heads, width) */
+    bfloat16 *const *keys, *const *values;  /* by sequence */
+    const int64_t *lengths, *rooms;         /* keys kept before, and room for keys, by sequence */
+    int64_t strides[6];                     /* of heads and tokens: query, key, value */
+    int64_t heads, key_heads, width;
+    int64_t window;                         /* keys seen at most */
+    float scale, softcap;                   /* a cap of 0 is none */
+} Cached;
+
+enum { SHARED = 4, KEYS = 2 * LANES };
+
+/* Scores of some heads with `seen` keys from `keys` on, shaped. */
+static inline __attribute__((always_inline)) void score_keys(
+    const Cached *c, const bfloat16 *keys, int64_t room, int64_t seen, const float *query,
+    float *scores, int64_t padded, const int heads)
+{
+    for (int64_t j = 0; j < seen; j += KEYS) {
+        Floats low[SHARED] = {0}, high[SHARED] = {0};
+        for (int64_t i = 0; i < c->width; i++) {
+            Floats a = load(keys + i * room + j, LANES), b = load(keys + i * room + j + LANES, LANES);
+#pragma GCC unroll 4
+            for (int h = 0; h < heads; h++) {
+                low[h] += all(query[h * c->width + i]) * a;
+                high[h] += all(query[h * c->width + i]) * b;
+            }
+        }
+#pragma GCC unroll 4
+        for (int h = 0; h < heads; h++) {
+            store_floats(scores + h * padded + j, shaped(low[h], c->scale, c->softcap, NULL));
+            store_floats(scores + h * padded + j + LANES,
+                         shaped(high[h], c->scale, c->softcap, NULL));
+        }
+    }
+}
+
+/* The values of some heads, weighted: `vectors` vectors of them from `values` on. */
+static inline __attribute__((always_inline)) void weigh_values(
+    const Cached *c, const bfloat16 *values, int64_t seen, const float *scores, int64_t padded,
+    bfloat16 *y, int64_t count, const int heads, const int vectors)
+{
+    Floats sums[SHARED][4] = {0};
+    for (int64_t j = 0; j < seen; j++, values += c->width)
+#pragma GCC unroll 4
+        for (int n = 0; n < vectors; n++) {
+            Floats value = load(values + n * LANES, vectors == 1 ? count : LANES);
+#pragma GCC unroll 4
+            for (int h = 0; h < heads; h++)
+                sums[h][n] += all(scores[h * padded + j]) * value;
+        }
+#pragma GCC unroll 4
+    for (int h = 0; h < heads; h++)
+#pragma GCC unroll 4
+        for (int n = 0; n < vectors; n++)
+            store(y + h * c->width + n * LANES, sums[h][n], vectors == 1 ? count : LANES);
+}
+
+static inline __attribute__((always_inline)) void attend_heads(
+    const Cached *c, int64_t token, const bfloat16 *keys, const bfloat16 *values, int64_t seen,
+    int64_t head, float *memory, const int heads)
+{
+    int64_t padded = up_to(seen, KEYS), i = 0;
+    float *query = memory, *scores = query + SHARED * up_to(c->width, LANES);
+    float *row = scores + SHARED * padded;
+    for (int h = 0; h < heads; h++)
+        for (int64_t at = 0; at < c->width; at++)
+            query[h * c->width + at] = load(c->query + (head + h) * c->strides[0] +
+                                            token * c->strides[1] + at, 1)[0];
+    score_keys(c, keys, c->rooms[token], seen, query, scores, padded, heads);
+    for (int h = 0; h < heads; h++)
+        attend_row(scores + h * padded, 1.0f, seen, seen, row);
+    bfloat16 *y = c->y + (token * c->heads + head) * c->width;
+    for (; i + 4 * LANES <= c->width; i += 4 * LANES)
+        weigh_values(c, values + i, seen, scores, padded, y + i, 0, heads, 4);
+    for (; i < c->width; i += LANES) {
+        int64_t count = c->width - i < LANES ? c->width - i : LANES;
+        weigh_values(c, values + i, seen, scores, padded, y + i, count, heads, 1);
+    }
+}
+
+/* Floats that a call needs for so many keys. */
+int64_t nibble_cached_floats(int64_t keys, int64_t width)
+{
+    return SHARED * (up_to(width, LANES) + up_to(keys, KEYS)) + up_to(keys, KEYS) + LANES;
+}
+
+/* Keep the new tokens and attend to all: parts `first` to `stop`, part p is key head p % key_heads
+ * of sequence p / key_heads. */
+void nibble_cached_attention(const Cached *c, int64_t first, int64_t stop, float *memory)
+{
+    unsigned before = flush_subnormals();
+    int64_t shared = c->heads / c->key_heads;
+    for (int64_t part = first; part < stop; part++) {
+        int64_t key_head = part % c->key_heads, token = part / c->key_heads;
+        int64_t length = c->lengths[token], room = c->rooms[token];
+        bfloat16 *keys = c->keys[token] + key_head * room * c->width;
+        bfloat16 *values = c->values[token] + key_head * room * c->width;
+        const bfloat16 *key = c->key + key_head * c->strides[2] + token * c->strides[3];
+        const bfloat16 *value = c->value + key_head * c->strides[4] + token * c->strides[5];
+        for (int64_t i = 0; i < c->width; i++)
+            keys[i * room + length] = key[i];
+        memcpy(values + length * c->width, value, (size_t)c->width * sizeof *value);
+        int64_t from = length + 1 > c->window ? length + 1 - c->window : 0;
+        int64_t seen = length + 1 - from, head = key_head * shared, rest = shared;
+        keys += from, values += from * c->width;
+        for (; rest >= SHARED; rest -= SHARED, head += SHARED)
+            attend_heads(c, token, keys, values, seen, head, memory, SHARED);
+        switch (rest) {
+        case 3: attend_heads(c, token, keys, values, seen, head, memory, 3); break;
+        case 2: attend_heads(c, token, keys, values, seen, head, memory, 2); break;
+        case 1: attend_heads(c, token, keys, values, seen, head, memory, 1); break;
+        }
+    }
+    restore(before);
+}

@@ -26,6 +26,36 @@ _ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
 _POINTER, _INT64, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 
 
+class _Cached(ctypes.Structure):
+    """`Cached` of layers_cpu.c."""
+
+    _fields_ = (
+        *((name, _POINTER) for name in ("query", "key", "value", "y")),
+        *((name, _POINTER) for name in ("keys", "values", "lengths", "rooms")),
+        ("strides", _INT64 * 6),
+        *((name, _INT64) for name in ("heads", "key_heads", "width", "window")),
+        *((name, _FLOAT) for name in ("scale", "softcap")),
+    )
+
+
+class Kept:
+    """Where sequences keep their keys and values of one layer.
+
+    Shapes:
+        keys of a sequence: (G, K, room), values: (G, room, K).
+
+    Args:
+        lengths: How many keys each sequence keeps, as a ctypes array that others update.
+    """
+
+    def __init__(self, keys: Sequence[Tensor], values: Sequence[Tensor], lengths: Any) -> None:
+        count = len(keys)
+        self.keys = (_POINTER * count)(*(x.data_ptr() for x in keys))
+        self.values = (_POINTER * count)(*(x.data_ptr() for x in values))
+        self.rooms = (_INT64 * count)(*(x.shape[1] for x in values))
+        self.lengths = lengths
+
+
 class Library:
     """The operations of the compiled code on bfloat16 tensors whose last dimension is dense.
 
@@ -54,6 +84,9 @@ class Library:
         code.nibble_attention.argtypes = [
             *(*pointers[:3], *[_INT64] * 3, _FLOAT, _INT, _INT64, _INT64, _POINTER)
         ]
+        code.nibble_cached_floats.argtypes = [_INT64, _INT64]
+        code.nibble_cached_floats.restype = _INT64
+        code.nibble_cached_attention.argtypes = [_POINTER, _INT64, _INT64, _POINTER]
         code.nibble_head.argtypes = [*pointers[:2], _FLOAT, _FLOAT, _INT64, _INT64]
         code.nibble_head.restype = ctypes.c_double
         self._code = code
@@ -209,6 +242,41 @@ class Library:
             )
 
         in_parts(work, num_parts, least=1)
+
+    def attend_cached(
+        self,
+        states: Sequence[Tensor],
+        kept: Kept,
+        *,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> None:
+        """Keep one new token of each sequence and attend to all that it keeps.
+
+        Args:
+            states: q, k and v, (1, H or G, T, K) whatever their strides, and y (1, T, H, K), which
+                is written.
+        """
+        query, key, value, _ = states
+        num_heads, num_tokens, width = query.shape[1:]
+        call = _Cached(
+            *(x.data_ptr() for x in states),
+            *(ctypes.addressof(x) for x in (kept.keys, kept.values, kept.lengths, kept.rooms)),
+            (_INT64 * 6)(*(step for x in (query, key, value) for step in x.stride()[1:3])),
+            *(num_heads, key.shape[1], width, window or 1 << 62, scale, softcap or 0.0),
+        )
+        most = max(kept.lengths) + 1
+        num_floats = self._code.nibble_cached_floats(most, width)
+        num_parts = num_tokens * key.shape[1]
+
+        def work(part: int, stop: int) -> None:
+            memory = torch.empty(num_floats)
+            address = ctypes.addressof(call)
+            self._code.nibble_cached_attention(address, part, stop, memory.data_ptr())
+
+        least = VALUES_PER_THREAD // (width * most * num_heads // key.shape[1])
+        in_parts(work, num_parts, least=max(1, least))
 
     def head_(self, raw: Tensor, labels: Tensor, scale: float, softcap: float | None) -> Tensor:
         """Make raw logits (C, V) the gradient of their summed cross-entropy; returns the sum.

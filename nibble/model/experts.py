@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from transformers.integrations import moe
 
 from nibble.kernels.few_rows import add_update_, few_rows_product, is_few
+from nibble.kernels.few_rows_cpu import StoredWeight
 from nibble.kernels.nf4 import Quantized, dequantize_slice
 from nibble.model.linear4bit import scratch
 from nibble.model.lora import lora_scale
@@ -83,6 +84,14 @@ class ExpertWeight(nn.Module):
         out = scratch(q.codes.device, dtype, prod(self.shape[1:]))
         return dequantize_slice(q, expert, dtype=dtype, out=out)
 
+    def _weight_of(self, expert: int) -> Tensor | StoredWeight:
+        """The weight of one expert as it is stored."""
+        q = self.quantized
+        if q is None:
+            return self.weight[expert]
+        num_out = self.shape[1]
+        return StoredWeight(q, slice(expert * num_out, (expert + 1) * num_out))
+
     def use_factors(self, lora_A: Tensor | None, lora_B: Tensor | None, scale: float) -> None:
         """Compute with these frozen factors of all experts, or with none, from now on."""
         for name, factor in (("lora_A", lora_A), ("lora_B", lora_B)):
@@ -115,14 +124,14 @@ class ExpertWeight(nn.Module):
     def forward(self, x: Tensor, expert: int, factors: list[tuple[Tensor, Tensor]]) -> Tensor:
         """(T, I) -> (T, O) for the tokens of one expert; `factors` as `factors()` gives them."""
         if is_few(x):
-            y: Any = few_rows_product(x, self.dense_weight(expert, x.dtype))
+            y: Any = few_rows_product(x, self._weight_of(expert))
         else:
             y = _ExpertProduct.apply(x, self, expert)
         if not factors:
             return y
         lora_A, lora_B = factors[expert]
         if is_few(x):
-            add_update_(y, x, lora_A, lora_B, self.scale)
+            add_update_(y, x, lora_A, lora_B.T, self.scale)
             return y
         return y + (x @ lora_A.to(x.dtype).T) @ (lora_B * self.scale).to(x.dtype).T
 

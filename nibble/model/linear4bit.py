@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from nibble.kernels.adapted import frozen_gradient, frozen_product
 from nibble.kernels.few_rows import few_rows_product, is_few
+from nibble.kernels.few_rows_cpu import StoredWeight
 from nibble.kernels.nf4 import BLOCK_SIZE, Quantized, dequantize, quantize
 from nibble.kernels.products import product_dtype
 
@@ -104,6 +105,7 @@ class Linear4bit(nn.Module):
         self.nested_absmax = _frozen(q.nested_absmax)
         self.offset = _frozen(q.offset)
         self.bias = _frozen(bias)
+        self._stored: StoredWeight | None = None
 
     @classmethod
     def from_dense(
@@ -145,8 +147,14 @@ class Linear4bit(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., I) -> (..., O)."""
         if is_few(x):
-            return few_rows_product(x, self.quantized, self.bias)
+            return few_rows_product(x, self._stored_weight(), self.bias)
         return _frozen_linear(x, self, self.bias)
+
+    def _stored_weight(self) -> StoredWeight:
+        """The weight as products of few rows take it, made anew when it was moved."""
+        if self._stored is None or not self._stored.is_of(self.codes):
+            self._stored = StoredWeight(self.quantized)
+        return self._stored
 
     def extra_repr(self) -> str:
         """Sizes and storage, for print(model)."""

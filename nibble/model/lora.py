@@ -97,7 +97,7 @@ class LoRALinear(nn.Module):
         """(..., I) -> (..., O)."""
         if is_few(x) and not (self.training and self.dropout):
             y = self.base(x)
-            add_update_(y, x, self.lora_A, self.lora_B, self.scale)
+            add_update_(y, x, self.lora_A, self.lora_B.T, self.scale)
             return y
         x_dropped = F.dropout(x, self.dropout) if self.training and self.dropout else None
         return _AdaptedProduct.apply(x, x_dropped, self.lora_A, self.lora_B, self.base, self.scale)

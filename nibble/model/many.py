@@ -41,12 +41,24 @@ class Update:
     """A low-rank update of one weight: scale * x A^T B^T.
 
     Shapes:
-        lora_A: (R, I). lora_B: (O, R). Of all experts of a layer: as `ExpertWeight` keeps them.
+        lora_A: (R, I). lora_B_RO: B^T, (R, O).
     """
+
+    lora_A: Tensor
+    lora_B_RO: Tensor
+    scale: float
+
+
+@dataclass(frozen=True, eq=False)
+class ExpertUpdate:
+    """Updates of one weight of all experts of a layer, as `ExpertWeight` keeps them."""
 
     lora_A: Tensor
     lora_B: Tensor
     scale: float
+
+
+ExpertUpdates = tuple[ExpertUpdate, ExpertUpdate]
 
 
 class ManyLinear(nn.Module):
@@ -75,7 +87,7 @@ class ManyLinear(nn.Module):
             update = self.updates.get(name)
             if update is not None:
                 x_TI, y_TO = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
-                add_update_(y_TO[rows], x_TI[rows], update.lora_A, update.lora_B, update.scale)
+                add_update_(y_TO[rows], x_TI[rows], update.lora_A, update.lora_B_RO, update.scale)
         return y
 
 
@@ -91,7 +103,7 @@ class ManyExperts(nn.Module):
     def __init__(self, base: Experts, choice: Choice) -> None:
         super().__init__()
         self.base, self.choice = base, choice
-        self.updates: dict[str, tuple[Update, Update]] = {}
+        self.updates: dict[str, ExpertUpdates] = {}
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """(T, D), chosen experts (T, k) and their weights (T, k) -> (T, D)."""
@@ -102,7 +114,7 @@ class ManyExperts(nn.Module):
                 outputs.append(self.base(*parts))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
-    def _parts(self, num_rows: int) -> Iterator[tuple[tuple[Update, Update] | None, slice]]:
+    def _parts(self, num_rows: int) -> Iterator[tuple[ExpertUpdates | None, slice]]:
         """All rows in order, cut where the update changes."""
         done = 0
         for name, rows in self.choice.slices:
@@ -117,7 +129,7 @@ class ManyExperts(nn.Module):
             yield None, slice(done, num_rows)
 
     @contextmanager
-    def _updated(self, updates: tuple[Update, Update] | None) -> Iterator[None]:
+    def _updated(self, updates: ExpertUpdates | None) -> Iterator[None]:
         weights = self.base.gate_up_proj, self.base.down_proj
         for weight, update in zip(weights, updates or (None, None), strict=True):
             if update is not None:

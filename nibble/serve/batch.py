@@ -26,7 +26,7 @@ from torch import Tensor
 from nibble.adapter.many import Adapters
 from nibble.errors import UsageError
 from nibble.kernels.few_rows import MOST_ROWS, few_rows
-from nibble.model.cache import KeyValues, cached_states
+from nibble.model.cache import CachedDocuments, KeyValues, cached_states
 from nibble.model.families import head_of
 from nibble.model.lean import use_lean_layers
 from nibble.serve.logprobs import Logprobs, TokenLogprob
@@ -120,6 +120,8 @@ class Batch:
         self._rows_at_once = 1 if _depends_on_length(model.config) else MOST_ROWS
         self._waiting: deque[Answer] = deque()
         self._running: list[Answer] = []
+        self._documents: dict[tuple[int, ...], CachedDocuments] = {}
+        self._next_documents: dict[tuple[int, ...], CachedDocuments] = {}
 
     def add(self, ids: Sequence[int], sampling: Sampling, *, adapter: str | None = None) -> Answer:
         """Take a prompt; it waits while there is no room, first come, first served.
@@ -159,8 +161,10 @@ class Batch:
                 answer = self._waiting.popleft()
                 num_tokens += answer.num_prompt_tokens
                 pieces.append(self._prefill(answer))
+            self._next_documents = {}
             for start in range(0, len(running), self._rows_at_once):
                 pieces += self._decode(running[start : start + self._rows_at_once])
+            self._documents = self._next_documents
         self._running = [answer for answer in self._running if answer.finish is None]
         return pieces
 
@@ -189,10 +193,9 @@ class Batch:
     def _prefill(self, answer: Answer) -> Piece:
         """The prompt in one row of its own: the same call whatever else there is."""
         answer.cache = KeyValues(answer.num_tokens)
+        documents = CachedDocuments([answer.cache], [answer.num_prompt_tokens])
         with self._choice([answer]):
-            states = cached_states(
-                self._model, [answer.cache], [answer.prompt], self._head.weight.device
-            )
+            states = cached_states(self._model, documents, answer.prompt, self._head.weight.device)
         sampling = answer.sampling
         if sampling.of_prompt and sampling.num_logprobs is not None:
             answer.prompt_logprobs = [None]
@@ -210,10 +213,10 @@ class Batch:
     def _decode(self, answers: list[Answer]) -> list[Piece]:
         """The next token of running answers, in one packed row."""
         caches = [answer.cache for answer in answers if answer.cache is not None]
+        documents = self._documents_of(caches)
         with self._choice(answers):
-            states = cached_states(
-                self._model, caches, [[answer.last] for answer in answers], self._head.weight.device
-            )
+            ids = [answer.last for answer in answers]
+            states = cached_states(self._model, documents, ids, self._head.weight.device)
         logits = self._head.logits(states)
         likeliest = logits.argmax(-1).tolist()
         if any(_needs_logits(answer.sampling) for answer in answers):
@@ -221,6 +224,15 @@ class Batch:
         return [
             self._advance(answer, logits, likeliest[row], row) for row, answer in enumerate(answers)
         ]
+
+    def _documents_of(self, caches: list[KeyValues]) -> CachedDocuments:
+        """Those of the last step where the same sequences go on."""
+        key = tuple(map(id, caches))
+        documents = self._documents.get(key)
+        if documents is None:
+            documents = CachedDocuments(caches, [1] * len(caches))
+        self._next_documents[key] = documents
+        return documents
 
     def _choice(self, answers: Sequence[Answer]) -> AbstractContextManager[None]:
         """The adapter of each row, where there are adapters; answers are in their order."""
