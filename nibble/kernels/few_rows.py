@@ -77,7 +77,8 @@ def few_rows_product_reference(
 ) -> Tensor:
     """The same by torch: row by row on a CPU, elsewhere always `MOST_ROWS` rows at once."""
     if isinstance(weight, StoredWeight):
-        weight = dequantize(weight.quantized, dtype=x.dtype)[weight.rows]
+        q, rows = weight.quantized, weight.rows
+        weight = dequantize(q, dtype=x.dtype).view(-1, q.shape[-1])[rows]
     dense = weight.to(x.dtype)
     bias = None if bias is None else bias.to(x.dtype)
     x_TI = x.reshape(-1, x.shape[-1])

@@ -72,6 +72,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, unit_offset: bool) -> Ten
     Source:
         Zhang and Sennrich 2019, arXiv:1910.07467, equation 4.
     """
+    library = None if torch.is_grad_enabled() else library_for(x, weight)
+    if library is not None:
+        return library.norm(x, weight, eps, unit_offset)[0]
     y: Any
     y, rstd = _RMSNorm.apply(x, weight, eps, unit_offset)  # pyright: ignore[reportGeneralTypeIssues]
     make = partial(_scaled, unit_offset=unit_offset)
@@ -90,6 +93,8 @@ def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     Source:
         Shazeer 2020, arXiv:2002.05202, equation 6.
     """
+    if not torch.is_grad_enabled():
+        return _product(gate, up, activation)
     y: Any = _Gated.apply(gate, up, activation)
     make = partial(_product, activation=activation)
     return _with_recipe(y, Recipe(Maker(make), (gate, up)))

@@ -28,6 +28,8 @@ def rotary(
         values of a head stays as it is.
     """
     cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
+    if not torch.is_grad_enabled():
+        return _rotated(query, cos, sin), _rotated(key, cos, sin)
     rotated: Any = _Rotary.apply(query, cos, sin), _Rotary.apply(key, cos, sin)
     return rotated
 
@@ -45,15 +47,7 @@ class _Rotary(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        library = _library(x, cos, sin)
-        if library is None:
-            return rotary_reference(x, cos, sin)
-        # Products of heads on a CPU read them one after the other, attention on a GPU as they lie.
-        is_cpu = device_type(x) == "cpu"
-        layout = torch.contiguous_format if is_cpu else torch.preserve_format
-        y = torch.empty_like(x, memory_format=layout)
-        library.rotate(x[0], cos[0, 0], sin[0, 0], y[0], back=False)
-        return y
+        return _rotated(x, cos, sin)
 
     @staticmethod
     @once_differentiable
@@ -68,6 +62,18 @@ class _Rotary(torch.autograd.Function):
         grad_x = grad_x.transpose(1, 2)
         library.rotate(grad_y[0], cos[0, 0], sin[0, 0], grad_x[0], back=True)
         return grad_x, None, None
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    library = _library(x, cos, sin)
+    if library is None:
+        return rotary_reference(x, cos, sin)
+    # Products of heads on a CPU read them one after the other, attention on a GPU as they lie.
+    is_cpu = device_type(x) == "cpu"
+    layout = torch.contiguous_format if is_cpu else torch.preserve_format
+    y = torch.empty_like(x, memory_format=layout)
+    library.rotate(x[0], cos[0, 0], sin[0, 0], y[0], back=False)
+    return y
 
 
 def _half_turn(x: Tensor) -> Tensor:
