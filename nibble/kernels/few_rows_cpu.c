@@ -320,6 +320,8 @@ static inline __attribute__((always_inline)) void multiply_codes(
 {
     __m512 codebook = _mm512_loadu_ps(p->weight->codebook), sum[TILE][TILE];
     int64_t start[TILE];
+    /* Codes of the tiles after the next: rows are short, and the CPU guesses the jumps late. */
+    const int64_t ahead = 2 * TILE * p->in / 2;
     UNROLLED for (int c = 0; c < TILE; c++) {
         start[c] = (column + least(c, num_columns - 1)) * p->in;
         UNROLLED for (int r = 0; r < num_rows; r++)
@@ -328,6 +330,7 @@ static inline __attribute__((always_inline)) void multiply_codes(
     for (int64_t i = 0; i < p->in; i += CHUNK)
         UNROLLED for (int c = 0; c < TILE; c++) {
             __m512i even, odd;
+            _mm_prefetch((const char *)p->weight->codes + (start[c] + i) / 2 + ahead, _MM_HINT_T0);
             decode_chunk(p->weight, codebook, start[c] + i, &even, &odd);
             UNROLLED for (int r = 0; r < num_rows; r++) {
                 const bfloat16 *at = x + r * p->in + i;

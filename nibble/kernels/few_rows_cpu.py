@@ -111,8 +111,8 @@ class Library:
             bias: Of the type of x.
         """
         num_out, num_in = weight.shape
-        x_TI = x.reshape(-1, num_in).contiguous()
-        num_rows, dtype = len(x_TI), dtype or x.dtype
+        x_TI = x if x.is_contiguous() else x.contiguous()
+        num_rows, dtype = x.numel() // max(1, num_in), dtype or x.dtype
         y = x.new_empty((*x.shape[:-1], num_out), dtype=dtype)
         is_stored = isinstance(weight, StoredWeight)
         start = weight.rows.start if is_stored else 0
@@ -132,8 +132,11 @@ class Library:
             memory = torch.empty(num_floats)
             self._code.nibble_few_rows(address, start + first, start + stop, memory.data_ptr())
 
-        least = max(_TILE, PRODUCTS_PER_THREAD // max(1, num_rows * num_in))
-        in_parts(work, num_out, _TILE, least=least)
+        by_column = max(1, num_rows * num_in)
+        if by_column * num_out < 2 * PRODUCTS_PER_THREAD:
+            work(0, num_out)
+        else:
+            in_parts(work, num_out, _TILE, least=max(_TILE, PRODUCTS_PER_THREAD // by_column))
         return y
 
     def add_update_(

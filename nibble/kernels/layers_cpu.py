@@ -6,7 +6,7 @@ exact to 2 units in the last place of float32.
 
 import ctypes
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ SOURCE = Path(__file__).with_name("layers_cpu.c")
 FLAGS = ("-ffp-contract=fast",)
 # Work below this many values is done by the calling thread alone.
 VALUES_PER_THREAD = 1 << 16
+_PLAIN = (Tensor, Parameter)
 _ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
 _POINTER, _INT64, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 
@@ -176,10 +177,10 @@ class Library:
 
     def rotate(self, x: Tensor, cos: Tensor, sin: Tensor, y: Tensor, *, back: bool) -> None:
         """Rotate x (H, T, K) into y, whatever their strides; cos and sin are (T, R), R <= K."""
-        strides = (ctypes.c_int64 * 4)(*x.stride()[:2], *y.stride()[:2])
+        strides = _int64s(*x.stride()[:2], *y.stride()[:2])
 
         def work(head: int, stop: int) -> None:
-            sizes = (ctypes.c_int64 * 4)(stop - head, *x.shape[1:], cos.shape[-1])
+            sizes = _int64s(stop - head, *x.shape[1:], cos.shape[-1])
             self._code.nibble_rotate(
                 *(_at(x, head), cos.data_ptr(), sin.data_ptr(), -1.0 if back else 1.0),
                 *(sizes, strides, _at(y, head)),
@@ -263,7 +264,7 @@ class Library:
         call = _Cached(
             *(x.data_ptr() for x in states),
             *(ctypes.addressof(x) for x in (kept.keys, kept.values, kept.lengths, kept.rooms)),
-            (_INT64 * 6)(*(step for x in (query, key, value) for step in x.stride()[1:3])),
+            _int64s(*query.stride()[1:3], *key.stride()[1:3], *value.stride()[1:3]),
             *(num_heads, key.shape[1], width, window or 1 << 62, scale, softcap or 0.0),
         )
         most = max(kept.lengths) + 1
@@ -310,13 +311,12 @@ def load() -> Library | None:
 
 def library_for(*tensors: Tensor) -> Library | None:
     """The compiled code if all of these are plain bfloat16 of a CPU, or stand for such ones."""
-    is_known = all(
-        (type(t) in (Tensor, Parameter) or is_fake(t))
-        and device_type(t) == "cpu"
-        and t.dtype == torch.bfloat16
-        for t in tensors
-    )
-    return load() if is_known else None
+    for t in tensors:
+        if t.dtype != torch.bfloat16 or not (type(t) in _PLAIN or is_fake(t)):
+            return None
+        if device_type(t) != "cpu":
+            return None
+    return load()
 
 
 def rows_of(x: Tensor, *, dense: bool = True) -> Tensor:
@@ -344,6 +344,12 @@ def agrees_with_reference(library: Library) -> bool:
     expected = attend(query.float(), key.float(), value.float(), is_causal=True, scale=0.5)
     pairs.append((y, expected))
     return all(torch.allclose(ours.float(), theirs, rtol=2e-2, atol=1e-3) for ours, theirs in pairs)
+
+
+@lru_cache(maxsize=1024)
+def _int64s(*values: int) -> Any:
+    """Numbers for code that only reads them."""
+    return (_INT64 * len(values))(*values)
 
 
 def _at(x: Tensor, index: int) -> int:
