@@ -31,7 +31,7 @@ from nibble.serve.batch import Batch
 from nibble.serve.sampling import Sampling
 
 PROMPT_TOKENS = 32
-NEW_TOKENS = 64
+NEW_TOKENS = 48
 ROUNDS = 5
 ADAPTERS = ("a", "b", "c", "d")
 ANSWERS = 32
@@ -196,8 +196,8 @@ def main() -> None:
         "# Greedy decoding from a 4-bit base on a CPU",
         "",
         f"Device: {machine()}, {torch.get_num_threads()} thread(s). torch {torch.__version__}, "
-        f"transformers {transformers.__version__}, bitsandbytes {bitsandbytes.__version__}. Products "
-        f"of few rows: {few_rows_cpu.implementation()}. Prompts of {PROMPT_TOKENS} tokens, "
+        f"transformers {transformers.__version__}, bitsandbytes {bitsandbytes.__version__}. "
+        f"Few rows: {few_rows_cpu.implementation()}. Prompts of {PROMPT_TOKENS} tokens, "
         f"answers of {NEW_TOKENS}, medians of {ROUNDS} rounds in turn.",
         "",
         "| model | nibble, tokens/s | bitsandbytes, tokens/s | faster | same tokens |",
