@@ -122,12 +122,13 @@ class Adapters:
         )
         device, dtype = next(base.parameters()).device, head_of(self._model).weight.dtype
 
-        def factors(key: str) -> Iterator[Tensor]:
-            for part in ("lora_A", "lora_B"):
-                yield stored.tensors[f"{key}.{part}.weight"].to(device, dtype)
+        def factor(key: str, part: str) -> Tensor:
+            return stored.tensors[f"{key}.{part}.weight"].to(device, dtype)
 
         if isinstance(base, Experts):
             keys = f"{key}.base_layer", key
-            return tuple(ExpertUpdate(*factors(each), scale) for each in keys)
-        lora_A, lora_B = factors(key)
+            return tuple(
+                ExpertUpdate(factor(each, "lora_A"), factor(each, "lora_B"), scale) for each in keys
+            )
+        lora_A, lora_B = factor(key, "lora_A"), factor(key, "lora_B")
         return Update(lora_A.contiguous(), lora_B.T.contiguous(), scale)

@@ -100,7 +100,7 @@ static inline float scale_of(const Weight *w, int64_t block)
 {
     if (!w->nested)
         return ((const float *)w->absmax)[block];
-    return w->map[((const uint8_t *)w->absmax)[block]] * w->nested[block / NESTED_BLOCK] + *w->offset;
+    return w->map[((const uint8_t *)w->absmax)[block]] * w->nested[(uint64_t)block / NESTED_BLOCK] + *w->offset;
 }
 
 static void write(const Product *p, int64_t row, int64_t column, float sum)
@@ -273,11 +273,11 @@ static inline __mmask32 lanes_of_pairs(int64_t count)
     return count >= 32 ? 0xffffffffu : (__mmask32)((1u << count) - 1);
 }
 
-/* The values of 64 codes of one block: 0 2 4 ... and 1 3 5 ... */
-static inline void decode_chunk(const Weight *w, __m512 codebook, int64_t at, __m512i *even,
-                                __m512i *odd)
+/* The values of 64 codes of one block, of 2^shift values: 0 2 4 ... and 1 3 5 ... */
+static inline void decode_chunk(const Weight *w, __m512 codebook, int64_t at, int shift,
+                                __m512i *even, __m512i *odd)
 {
-    __m512 scale = _mm512_set1_ps(scale_of(w, at / w->block_size));
+    __m512 scale = _mm512_set1_ps(scale_of(w, at >> shift));
     __m256i half = (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(codebook, scale));
     /* Twice in a row: the fifth bit of an index does no harm. */
     __m512i table = _mm512_broadcast_i64x4(half);
@@ -320,6 +320,7 @@ static inline __attribute__((always_inline)) void multiply_codes(
 {
     __m512 codebook = _mm512_loadu_ps(p->weight->codebook), sum[TILE][TILE];
     int64_t start[TILE];
+    const int shift = __builtin_ctzll((uint64_t)p->weight->block_size);
     /* Codes of the tiles after the next: rows are short, and the CPU guesses the jumps late. */
     const int64_t ahead = 2 * TILE * p->in / 2;
     UNROLLED for (int c = 0; c < TILE; c++) {
@@ -331,7 +332,7 @@ static inline __attribute__((always_inline)) void multiply_codes(
         UNROLLED for (int c = 0; c < TILE; c++) {
             __m512i even, odd;
             _mm_prefetch((const char *)p->weight->codes + (start[c] + i) / 2 + ahead, _MM_HINT_T0);
-            decode_chunk(p->weight, codebook, start[c] + i, &even, &odd);
+            decode_chunk(p->weight, codebook, start[c] + i, shift, &even, &odd);
             UNROLLED for (int r = 0; r < num_rows; r++) {
                 const bfloat16 *at = x + r * p->in + i;
                 sum[c][r] = add_pairs(sum[c][r], even, _mm512_loadu_si512(at));
@@ -398,6 +399,7 @@ static void product_of_codes(const Product *p, int64_t first, int64_t stop, bflo
     bfloat16 *tile = x + p->rows * p->in;
     const bfloat16 *w[TILE];
     __m512 codebook = _mm512_loadu_ps(p->weight->codebook);
+    const int shift = __builtin_ctzll((uint64_t)p->weight->block_size);
     order_pairs(p, x);
     for (int64_t column = first; column < stop; column += TILE) {
         int64_t num_columns = least(TILE, stop - column);
@@ -413,7 +415,7 @@ static void product_of_codes(const Product *p, int64_t first, int64_t stop, bflo
                 continue;
             for (int64_t i = 0; i < p->in; i += CHUNK) {
                 __m512i even, odd;
-                decode_chunk(p->weight, codebook, (column + c) * p->in + i, &even, &odd);
+                decode_chunk(p->weight, codebook, (column + c) * p->in + i, shift, &even, &odd);
                 _mm512_storeu_si512(tile + c * p->in + i, even);
                 _mm512_storeu_si512(tile + c * p->in + i + 32, odd);
             }

@@ -13,7 +13,13 @@ import torch
 from torch import Tensor
 
 from nibble.kernels.compiled import in_parts, load_compiled
-from nibble.kernels.nf4_reference import CODEBOOKS, DYNAMIC_MAP, Quantized, decode_reference
+from nibble.kernels.nf4_reference import (
+    CODEBOOKS,
+    DYNAMIC_MAP,
+    Quantized,
+    decode_reference,
+    quantize_scales,
+)
 
 SOURCE = Path(__file__).with_name("few_rows_cpu.c")
 FLAGS = ("-ffp-contract=fast",)
@@ -165,20 +171,23 @@ def implementation() -> str:
 
 def agrees_with_reference(library: Library) -> bool:
     """Whether products with small dense and 4-bit weights are what torch makes of them."""
-    from nibble.kernels.nf4_reference import quantize_scales
+    cases = ((dtype, *shape) for dtype in _KINDS for shape in ((1, 128), (6, 128), (3, 37)))
+    return all(_agrees(library, *case) for case in cases)
 
+
+def _agrees(library: Library, dtype: torch.dtype, num_rows: int, num_in: int) -> bool:
     generator = torch.Generator().manual_seed(0)
-    for dtype in _KINDS:
-        for num_rows, num_in in ((1, 128), (6, 128), (3, 37)):
-            x = torch.randn(num_rows, num_in, generator=generator).to(dtype)
-            codes = torch.randint(256, ((5 * num_in + 1) // 2,), generator=generator).byte()
-            scales = torch.rand(-(-5 * num_in // 64), generator=generator) + 0.1
-            q = Quantized(codes, *quantize_scales(scales), (5, num_in))
-            dense = torch.empty(5 * num_in, dtype=dtype)
-            decode_reference(q, dense, 0)
-            expected = x.double() @ dense.view(5, num_in).double().T
-            for weight in (dense.view(5, num_in), StoredWeight(q)):
-                found = library.product(x, weight, dtype=torch.float32)
-                if not torch.allclose(found.double(), expected, rtol=1e-4, atol=1e-3):
-                    return False
-    return True
+    x = torch.randn(num_rows, num_in, generator=generator).to(dtype)
+    codes = torch.randint(256, ((5 * num_in + 1) // 2,), generator=generator).byte()
+    scales = torch.rand(-(-5 * num_in // 64), generator=generator) + 0.1
+    q = Quantized(codes, *quantize_scales(scales), (5, num_in))
+    dense = torch.empty(5 * num_in, dtype=dtype)
+    decode_reference(q, dense, 0)
+    weights = dense.view(5, num_in), StoredWeight(q)
+    expected = x.double() @ weights[0].double().T
+    return all(
+        torch.allclose(
+            library.product(x, weight, dtype=torch.float32).double(), expected, rtol=1e-4, atol=1e-3
+        )
+        for weight in weights
+    )
