@@ -18,6 +18,7 @@ from nibble.commands import (
     demo,
     doctor,
     evaluate,
+    export,
     launch,
     merge,
     plan,
@@ -44,6 +45,7 @@ app.command("eval")(evaluate.evaluate)
 app.command("compare")(compare.compare)
 app.command("launch")(launch.launch)
 app.command("merge")(merge.merge)
+app.command("export")(export.export)
 app.command("chat")(chat.chat)
 app.command("doctor")(doctor.doctor)
 app.command("schema")(config.schema)

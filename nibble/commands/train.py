@@ -32,6 +32,9 @@ def train(
     devices: Annotated[
         int | None, typer.Option(min=1, help="Processes on this machine, one a device; 1.")
     ] = None,
+    serve: Annotated[
+        str, typer.Option(help="Refuse what gguf, ollama or vllm would not load afterwards.")
+    ] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Train, or continue the run that stands in --out."""
@@ -47,6 +50,8 @@ def train(
 
     # A wrong config or folder is refused before the large libraries are imported.
     check_run(run)
+    if serve:
+        _check_serving(run, serve)
     from nibble.train import folder, launch
     from nibble.train.interrupt import stop_signals
 
@@ -81,6 +86,22 @@ def train(
     flag = "--model" if is_full else f"--model {run.model.name} --adapter"
     method = " --method qlora" if _is_qlora(result.out) else ""
     typer.echo(f"try it         nibble chat {flag} {result.adapter}{method}", err=True)
+
+
+def _check_serving(run: Any, target: str) -> None:
+    """Ask before training what `nibble export` will ask after it."""
+    from nibble.adapter.limits import Update, check_limits
+    from nibble.model.files import find_config
+
+    if run.method == "full":
+        return
+    values = find_config(run.model.name, run.model.revision)
+    has_experts = bool(values.get("num_experts") or values.get("num_local_experts"))
+    is_whole = run.lora.target == "all-linear"
+    layers = () if is_whole else run.lora.target
+    update = Update(run.lora.rank, layers, has_experts and (is_whole or "experts" in layers))
+    for note in check_limits(target, update, values["model_type"]):
+        typer.echo(f"note: {note}", err=True)
 
 
 def _is_qlora(out: Path) -> bool:
