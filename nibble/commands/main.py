@@ -23,6 +23,7 @@ from nibble.commands import (
     merge,
     plan,
     replay,
+    serve,
     sweep,
     train,
 )
@@ -47,6 +48,7 @@ app.command("launch")(launch.launch)
 app.command("merge")(merge.merge)
 app.command("export")(export.export)
 app.command("chat")(chat.chat)
+app.command("serve")(serve.serve)
 app.command("doctor")(doctor.doctor)
 app.command("schema")(config.schema)
 app.command("explain")(config.explain)

@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 
+from nibble.disk import disk_errors
 from nibble.errors import ModelError, NibbleError
 from nibble.model.folder import check_files, plain_values, read_json
 
@@ -59,6 +60,36 @@ def load_tokenizer(folder: Path, config: Any = None) -> Any:
         raise ModelError(f"the tokenizer in {folder} cannot be read: {error}", fix=_FIX) from None
     tokenizer.name_or_path = str(folder)
     return tokenizer
+
+
+def read_template(folder: Path) -> str | None:
+    """The chat template of a folder, such as that of an adapter; None where it has none.
+
+    Raises:
+        ModelError: If it is too large or cannot be read.
+        DiskError: If a file cannot be read.
+    """
+    path, config = folder / TEMPLATE_FILE, folder / CONFIG_FILE
+    template: Any = None
+    with disk_errors(f"cannot read the chat template of {folder}"):
+        if path.is_file():
+            if path.stat().st_size > LARGEST_TEMPLATE_BYTES:
+                raise ModelError(
+                    f"{path} is larger than {LARGEST_TEMPLATE_BYTES:,} bytes", fix=_FIX
+                )
+            template = _read_text(path)
+        elif config.is_file():
+            template = _read_object(config).get("chat_template")
+    if isinstance(template, str) and len(template) > LARGEST_TEMPLATE_BYTES:
+        raise ModelError(f"{config}: the chat template is too large", fix=_FIX)
+    return template if isinstance(template, str) and template else None
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ModelError(f"{path} is not UTF-8: {error}", fix=_FIX) from None
 
 
 def _fill(own: Path, folder: Path) -> None:

@@ -79,7 +79,7 @@ class Piece:
         sequence: What `Batch.add` returned.
         token: None in a piece that only ends the answer.
         text: Text that is final: whole characters, and nothing that may become a stop text.
-        logprob: Of the token, where asked for.
+        logprob: Of the token, where asked for; also of the one that ends the answer.
         finish: "stop": an end-of-answer token or a stop text came. "length": the answer has as
             many tokens as it may.
     """
@@ -253,10 +253,10 @@ class Batch:
         token, logprob = likeliest, None
         if sampling.temperature > 0:
             token = choose(logits[row].cpu(), sampling, answer.generator)
-        if token in self._stop_ids:
-            return self._end(answer, "stop")
         if sampling.num_logprobs is not None:
             (logprob,) = self._logprobs.of(logits[row : row + 1], [token], sampling.num_logprobs)
+        if token in self._stop_ids:
+            return self._end(answer, "stop", logprob)
         answer.last = token
         answer.num_new_tokens += 1
         text = answer.stream.push(token)
@@ -267,9 +267,9 @@ class Batch:
             answer.finish = "stop" if answer.stream.is_stopped else "length"
         return Piece(answer, token, text, logprob, answer.finish)
 
-    def _end(self, answer: Answer, finish: Finish) -> Piece:
+    def _end(self, answer: Answer, finish: Finish, logprob: TokenLogprob | None = None) -> Piece:
         answer.finish = finish
-        return Piece(answer, None, answer.stream.flush(), None, finish)
+        return Piece(answer, None, answer.stream.flush(), logprob, finish)
 
 
 def _needs_logits(sampling: Sampling) -> bool:
