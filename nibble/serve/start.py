@@ -96,6 +96,11 @@ def tokens_that_fit(model: Any, free_bytes: int, limits: Limits) -> int:
 
 def run_server(service: Service, door: Door) -> None:
     """Answer requests until SIGINT or SIGTERM, which is raised again at the end."""
+    asyncio.run(serve(make_server(service, door), service, door.sock))
+
+
+def make_server(service: Service, door: Door) -> uvicorn.Server:
+    """The app behind its guard, on connections that are watched."""
     limits = service.limits
     app = Guard(make_app(service), token=door.token, hosts=door.hosts, any_address=door.any_address)
     config = uvicorn.Config(
@@ -109,10 +114,11 @@ def run_server(service: Service, door: Door) -> None:
         proxy_headers=False,
         timeout_graceful_shutdown=round(limits.stop_seconds + 2),
     )
-    asyncio.run(_serve(uvicorn.Server(config), door.sock, service))
+    return uvicorn.Server(config)
 
 
-async def _serve(server: uvicorn.Server, sock: socket.socket, service: Service) -> None:
+async def serve(server: uvicorn.Server, service: Service, sock: socket.socket) -> None:
+    """Run a server until it is asked to exit; what is not done soon after is refused."""
     ending = asyncio.create_task(_end_answers(server, service))
     try:
         await server.serve(sockets=[sock])
@@ -121,7 +127,6 @@ async def _serve(server: uvicorn.Server, sock: socket.socket, service: Service) 
 
 
 async def _end_answers(server: uvicorn.Server, service: Service) -> None:
-    """Refuse what is not done some seconds after the server was asked to stop."""
     while not server.should_exit:
         await asyncio.sleep(_LOOK_EVERY_SECONDS)
     await asyncio.sleep(service.limits.stop_seconds)

@@ -184,7 +184,8 @@ class Worker:
 
     def _take_calls(self) -> None:
         """All that the loop asked for; waits for it while there is nothing else to do."""
-        is_idle = not self.batch.has_work()
+        is_ready = any(when() for when, _ in self._later)
+        is_idle = not (self.batch.has_work() or is_ready)
         with suppress(Empty):
             while True:
                 self._calls.get(block=is_idle)()
