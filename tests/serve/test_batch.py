@@ -230,3 +230,16 @@ def test_a_stop_text_ends_the_answer(tiny):
     assert shorter == text[: text.index(stop)]
     assert fewer == tokens[: len(fewer)]
     assert len(fewer) < len(tokens)
+
+
+def test_the_token_that_ends_an_answer_has_its_logprob(tiny, monkeypatch):
+    """A harness that asks for one token leaves the last out, whatever it is."""
+    model, tokenizer = tiny
+    batch = Batch(model, tokenizer, max_tokens=1000)
+    ids = tokenizer("hello")["input_ids"]
+    batch.add(ids, Sampling(max_new_tokens=1, num_logprobs=1))
+    (piece,) = batch.step()
+    monkeypatch.setattr(batch, "_stop_ids", {piece.token})
+    batch.add(ids, Sampling(max_new_tokens=1, num_logprobs=1))
+    (end,) = batch.step()
+    assert (end.token, end.finish, end.logprob) == (None, "stop", piece.logprob)
