@@ -27,7 +27,6 @@ from nibble.model.load import load_base
 NUM_REQUESTS = 32
 NUM_ADAPTERS = 4
 NUM_TOKENS = 32
-ROUNDS = 3
 WORDS = ("red", "blue", "green", "one", "two", "three", "sun", "moon")
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -80,7 +79,7 @@ class Server:
         return found["choices"][0]["text"], found["usage"]["completion_tokens"]
 
 
-def measure(server: Server, names: list[str]) -> tuple[list[float], list[float], bool]:
+def measure(server: Server, names: list[str], rounds: int) -> tuple[list[float], list[float], bool]:
     """Tokens a second one at a time, and at once, by round; and whether all answers were equal."""
     requests = [
         (names[n % NUM_ADAPTERS], f"{WORDS[n % 8]} {WORDS[n * 5 % 8]} {n} and")
@@ -90,11 +89,12 @@ def measure(server: Server, names: list[str]) -> tuple[list[float], list[float],
     rates: tuple[list[float], list[float]] = ([], [])
     expected, is_equal = None, True
     with ThreadPoolExecutor(NUM_REQUESTS) as pool:
-        for _ in range(ROUNDS):
+        for _ in range(rounds):
             for kind, run in enumerate((map, pool.map)):
                 begun = time.perf_counter()
                 answers = list(run(server.answer, requests))
                 seconds = time.perf_counter() - begun
+                print(f"{seconds:.1f} s", file=sys.stderr)
                 rates[kind].append(sum(count for _, count in answers) / seconds)
                 expected = expected or answers
                 is_equal &= answers == expected
@@ -105,13 +105,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default=str(SHARED / "models" / "base-16m"))
     parser.add_argument("--method", default="lora", choices=("lora", "qlora"))
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--write", action="store_true", help="also write benchmarks/results/")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         names = make_adapters(options.model, Path(folder))
         server = Server(options.model, options.method, Path(folder), names)
         try:
-            alone, together, is_equal = measure(server, names)
+            alone, together, is_equal = measure(server, names, options.rounds)
         finally:
             server.process.terminate()
             server.process.wait()
@@ -122,7 +123,7 @@ def main() -> None:
         f"Device: {machine()}, {torch.get_num_threads()} thread(s). torch {torch.__version__}. "
         f"{Path(options.model).name}, {options.method}; {NUM_REQUESTS} requests for "
         f"{NUM_ADAPTERS} adapters of rank 16, up to {NUM_TOKENS} new tokens each, greedy. "
-        f"Median of {ROUNDS} interleaved rounds.",
+        f"Median of {options.rounds} interleaved rounds.",
         "",
         "| requests | tokens/s | rounds |",
         "|---|---|---|",
