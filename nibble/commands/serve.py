@@ -73,6 +73,8 @@ def serve(
             )
         from nibble.serve.start import run_server
 
+        # Whoever reads the address may connect at once.
+        sock.listen()
         _say(sock, known_token, is_given=bool(token), names=[base, *folders])
         run_server(service, _door(sock, known_token, host, allow_host or []))
 

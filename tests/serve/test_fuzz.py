@@ -126,11 +126,11 @@ def test_20_000_requests_of_every_kind(tiny_model_folder, tmp_path, is_torture):
 
 
 def _all_kinds(served, num_requests, adapter):
-    """The work of eight clients; what they saw, and the server's states on the way."""
+    """The work of sixteen clients; what they saw, and the server's states on the way."""
     models = ("base", "a", "b", "c", "d")
     fuzzes = [
         Fuzz(served.connect, token=TOKEN, seed=seed, models=models, folder=str(adapter))
-        for seed in range(8)
+        for seed in range(16)
     ]
     is_over, healthy, states = threading.Event(), [], []
 
