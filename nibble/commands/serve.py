@@ -1,5 +1,8 @@
 """`nibble serve`: an OpenAI-compatible server over one base and its adapters."""
 
+import json
+import re
+import shlex
 import signal
 import socket
 from collections.abc import Sequence
@@ -107,6 +110,7 @@ def _name_of(model: str) -> str:
 
 def _adapters(given: Sequence[str], base: str) -> dict[str, Path]:
     from nibble.errors import UsageError
+    from nibble.serve.limits import ADAPTER_NAME
 
     found: dict[str, Path] = {}
     for each in given:
@@ -115,6 +119,8 @@ def _adapters(given: Sequence[str], base: str) -> dict[str, Path]:
             raise UsageError(
                 f"--adapter {each}: expected name=FOLDER", fix="--adapter law=runs/law"
             )
+        if not re.fullmatch(ADAPTER_NAME, name):
+            raise UsageError(f"--adapter {each}: {name!r} is no name", fix="use letters and digits")
         if name in found or name == base:
             raise UsageError(f"--adapter {each}: the name {name!r} is taken", fix="choose another")
         found[name] = Path(folder).expanduser()
@@ -189,13 +195,14 @@ def _say(sock: socket.socket, token: str | None, *, is_given: bool, names: Seque
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
     shown = "$NIBBLE_TOKEN" if is_given else token
     header = "" if token is None else f' -H "Authorization: Bearer {shown}"'
-    body = f'{{"model": "{names[-1]}", "messages": [{{"role": "user", "content": "hello"}}]}}'
+    message = {"role": "user", "content": "hello"}
+    body = json.dumps({"model": names[-1], "messages": [message], "max_tokens": 50})
     lines = [
         f"address  {address}",
         f"models   {', '.join(names)}",
         f"token    {'none' if token is None else 'as given' if is_given else token}",
         f"try      curl {address}/chat/completions{header} "
-        f"-H 'Content-Type: application/json' -d '{body}'",
+        f"-H 'Content-Type: application/json' -d {shlex.quote(body)}",
     ]
     if host not in _LOOPBACK:
         lines.append("warning  the token and all text travel unencrypted on the network")

@@ -8,6 +8,7 @@ MAX_STOPS = 4
 MAX_STOP_CHARS = 1_000
 MAX_TOP_LOGPROBS = 20
 MAX_NAME_CHARS = 128
+ADAPTER_NAME = r"^[A-Za-z0-9][A-Za-z0-9._:/-]*$"
 
 
 @dataclass(frozen=True)

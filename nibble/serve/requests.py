@@ -14,6 +14,7 @@ from pydantic_core import from_json
 
 from nibble.errors import did_you_mean
 from nibble.serve.limits import (
+    ADAPTER_NAME,
     MAX_CHOICES,
     MAX_NAME_CHARS,
     MAX_STOP_CHARS,
@@ -155,7 +156,7 @@ class LoadRequest(BaseModel):
     """The body of /v1/load_lora_adapter."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
-    lora_name: Name = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/-]*$")
+    lora_name: Name = Field(pattern=ADAPTER_NAME)
     lora_path: str = Field(min_length=1, max_length=4096)
 
 

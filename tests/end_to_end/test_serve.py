@@ -250,6 +250,7 @@ def test_a_running_answer_is_finished_or_ended_in_time(folders):
     [
         (["--token", "none", "--host", "0.0.0.0"], 2, "let anybody in"),
         (["--adapter", "x"], 2, "name=FOLDER"),
+        (["--adapter", "a'b=x"], 2, "is no name"),
         (["--adapter", "base-16m=x"], 2, "is taken"),
         (["--adapter", "x=/"], 65, "holds no adapter_config.json"),
         (["--method", "full"], 2, "lora or qlora"),
