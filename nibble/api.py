@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from nibble.adapter.certificate import Certificate
-from nibble.adapter.format import read_adapter_config
-from nibble.adapter.merge import Merge, adapter_folder, base_options_of
+from nibble.adapter.config import adapter_folder, read_adapter_config
+from nibble.adapter.merge import Merge, base_options_of
 from nibble.adapter.merge import merge as merge_job
 from nibble.config import DataConfig, RunConfig, check_named, check_run
 from nibble.data.dataset import Dataset, build_dataset

@@ -15,14 +15,8 @@ from typing import Any
 
 import torch
 
-from nibble.adapter.format import (
-    CONFIG_FILE,
-    WEIGHTS_FILE,
-    AdapterConfig,
-    read_adapter_config,
-    read_base_options,
-    read_factors,
-)
+from nibble.adapter.config import CONFIG_FILE, AdapterConfig, adapter_folder, read_adapter_config
+from nibble.adapter.format import WEIGHTS_FILE, read_base_options, read_factors
 from nibble.adapter.gguf import ADAPTER_FILE, MODEL_FILE, write_adapter_gguf, write_model_gguf
 from nibble.adapter.layout import notes as layout_notes
 from nibble.adapter.limits import Update, check_limits, vllm_rank
@@ -92,6 +86,7 @@ def export(
         AdapterError: If the adapter folder is broken.
         UnavailableError: If the base is not there, or no right file can be written.
     """
+    adapter = adapter_folder(adapter)
     if out.resolve() in (adapter.resolve(), merged and merged.resolve()):
         raise UsageError("--out is a folder that is read", fix="give another folder for --out")
     source = _read_source(adapter, model)

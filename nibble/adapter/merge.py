@@ -18,7 +18,6 @@ import torch
 from nibble.adapter.agreement import Predictions, compare, held_out_batches, predict
 from nibble.adapter.card import model_card
 from nibble.adapter.certificate import CERTIFICATE_FILE, Certificate, Measured
-from nibble.adapter.format import CONFIG_FILE as ADAPTER_FILE
 from nibble.adapter.format import read_adapter, read_base_options
 from nibble.adapter.merged_weights import MergeBase, open_merge, to_json, write_weights
 from nibble.data.loader import Batch
@@ -52,16 +51,6 @@ class Merge:
     revision: str | None
     options: dict[str, Any]
     rows: Sequence[Row] = ()
-
-
-def adapter_folder(path: Path) -> Path:
-    """The adapter folder: the given one, or that of a run folder.
-
-    Raises:
-        AdapterError: If there is none.
-    """
-    inner = path / "adapter"
-    return inner if not (path / ADAPTER_FILE).is_file() and inner.is_dir() else path
 
 
 def base_options_of(

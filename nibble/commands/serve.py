@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from nibble.commands import progress
+from nibble.commands.bases import base_options
 from nibble.environment import quick_imports
 
 if TYPE_CHECKING:
@@ -31,7 +32,10 @@ def serve(
     allow_host: Annotated[
         list[str] | None, typer.Option(help="Another name of this server in a Host header.")
     ] = None,
-    method: Annotated[str, typer.Option(help="lora: 16-bit base; qlora: 4-bit base.")] = "lora",
+    method: Annotated[
+        str,
+        typer.Option(help="lora: 16-bit base; qlora: 4-bit base; as the adapters were trained."),
+    ] = "",
     name: Annotated[str, typer.Option(help="What requests call the base.")] = "",
     token: Annotated[
         str, typer.Option(help="What clients must send; none asks for none.", envvar="NIBBLE_TOKEN")
@@ -54,10 +58,6 @@ def serve(
     A model's name in a request chooses the base or an adapter. Ctrl-C and SIGTERM end it within
     ten seconds.
     """
-    from nibble.errors import UsageError
-
-    if method not in ("lora", "qlora"):
-        raise UsageError(f"--method is {method!r}, expected lora or qlora")
     base = name or _name_of(model)
     folders = _adapters(adapter or [], base)
     known_token = _token(token, host)
@@ -67,7 +67,7 @@ def serve(
         with progress.working(f"loading {base}"), quick_imports():
             service = _load(
                 model,
-                method,
+                base_options(method, list(folders.values())),
                 name=base,
                 adapters=folders,
                 folders=adapters_from or [],
@@ -88,7 +88,9 @@ def _limits(new_tokens: int, running: int, waiting: int) -> Any:
     return Limits(new_tokens=new_tokens, running=running, waiting=waiting)
 
 
-def _load(model: str, method: str, *, max_tokens: int | None, limits: Any, **parts: Any) -> Any:
+def _load(
+    model: str, options: dict[str, Any], *, max_tokens: int | None, limits: Any, **parts: Any
+) -> Any:
     import torch
 
     from nibble.model.load import load_base
@@ -96,7 +98,7 @@ def _load(model: str, method: str, *, max_tokens: int | None, limits: Any, **par
     from nibble.train.memory import available_bytes
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    base, tokenizer = load_base(model, "nf4" if method == "qlora" else "bf16", device=device)
+    base, tokenizer = load_base(model, device=device, **options)
     if max_tokens is None:
         max_tokens = tokens_that_fit(base, available_bytes(device), limits)
     return build_service(base, tokenizer, max_tokens=max_tokens, limits=limits, **parts)

@@ -7,8 +7,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from nibble.adapter.config import CONFIG_FILE
 from nibble.adapter.export import export, llama_cpp_commands
-from nibble.adapter.format import CONFIG_FILE, read_adapter
+from nibble.adapter.format import read_adapter
 from nibble.adapter.vocabulary import build_tokenizer
 from nibble.commands.main import main
 from nibble.data.chat import prompt_ids, tokenize

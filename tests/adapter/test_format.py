@@ -8,13 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from nibble.adapter.format import (
-    CONFIG_FILE,
-    WEIGHTS_FILE,
-    read_adapter,
-    read_base_options,
-    write_adapter,
-)
+from nibble.adapter.config import CONFIG_FILE
+from nibble.adapter.format import WEIGHTS_FILE, read_adapter, read_base_options, write_adapter
 from nibble.errors import AdapterError, UsageError
 from nibble.model.adapt import adapt
 from nibble.model.load import load_base

@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from nibble.adapter.format import CONFIG_FILE, WEIGHTS_FILE
+from nibble.adapter.config import CONFIG_FILE
+from nibble.adapter.format import WEIGHTS_FILE
 from nibble.adapter.gguf import write_adapter_gguf, write_model_gguf
 from nibble.adapter.layout import Place, place
 from nibble.adapter.vocabulary import check_ids

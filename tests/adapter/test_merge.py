@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nibble.adapter.certificate import CERTIFICATE_FILE
 from nibble.adapter.format import read_adapter, write_adapter
-from nibble.adapter.merge import Merge, adapter_folder, base_options_of, merge
+from nibble.adapter.merge import Merge, base_options_of, merge
 from nibble.data.packing import Row
 from nibble.errors import AdapterError, FolderInUseError, UsageError
 from nibble.model.adapt import adapt
@@ -224,9 +224,3 @@ def test_an_adapter_of_another_base(tiny_model_folder, tmp_path):
     with pytest.raises(AdapterError):
         merge(replace(job, model=str(tiny_model_folder("falcon-7b"))), tmp_path / "merged")
     assert sorted(os.listdir(tmp_path)) == ["adapter"]
-
-
-def test_the_folder_of_a_run_stands_for_its_adapter(tmp_path):
-    (tmp_path / "run" / "adapter").mkdir(parents=True)
-    assert adapter_folder(tmp_path / "run") == tmp_path / "run" / "adapter"
-    assert adapter_folder(tmp_path / "run" / "adapter") == tmp_path / "run" / "adapter"

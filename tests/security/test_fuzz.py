@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 from torch import nn
 
-from nibble.adapter.format import CONFIG_FILE, WEIGHTS_FILE, read_adapter
+from nibble.adapter.config import CONFIG_FILE
+from nibble.adapter.format import WEIGHTS_FILE, read_adapter
 from nibble.data import template
 from nibble.data.template import TemplateError, render
 from nibble.errors import AdapterError
