@@ -13,7 +13,7 @@ class TokenLogprob:
     """A token, its text and its log-probability.
 
     Args:
-        text: What the tokenizer makes of the token alone.
+        text: What the token adds to a text.
         top: The likeliest tokens in this place, likeliest first: id, text, log-probability.
     """
 
@@ -54,5 +54,7 @@ class Logprobs:
 
     def _text(self, token: int) -> str:
         if token not in self._texts:
-            self._texts[token] = self._tokenizer.decode([token])
+            # Some tokenizers leave out the space before the first token of a text.
+            once, twice = (self._tokenizer.decode([token] * count) for count in (1, 2))
+            self._texts[token] = twice[len(once) :] if twice.startswith(once) else once
         return self._texts[token]
