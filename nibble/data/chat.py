@@ -92,29 +92,43 @@ def chat_template_of(tokenizer: Any) -> ChatTemplate:
     eos = tokenizer.eos_token or ""
     if not source:
         source = PLAIN_TEMPLATE
-        variables["bos_token"] = tokenizer.bos_token if _adds_bos(tokenizer) else ""
+        variables["bos_token"] = tokenizer.bos_token if adds_bos(tokenizer) else ""
         variables["eos_token"] = eos
     specials = tuple(str(token) for token in tokenizer.added_tokens_decoder.values())
     return ChatTemplate(source, variables, specials, eos)
 
 
-def render_prompt(messages: Sequence[Message | Mapping[str, Any]], tokenizer: Any) -> str:
+def render_prompt(
+    messages: Sequence[Message | Mapping[str, Any]],
+    tokenizer: Any,
+    *,
+    tools: Sequence[Mapping[str, Any]] = (),
+) -> str:
     """The text after which the model writes its answer.
+
+    Args:
+        tools: What the model may call, as the template takes it.
 
     Raises:
         DataError: The chat template does not take the messages.
     """
     turns = [m if isinstance(m, Message) else _to_message(m) for m in messages]
+    template = chat_template_of(tokenizer)
     try:
-        _, text = render_turns(chat_template_of(tokenizer), turns, add_generation_prompt=True)
+        _, text = render_turns(template, turns, tools=tools, add_generation_prompt=True)
     except TemplateError as error:
         raise Place("", 0).fault("template-refuses", why=error) from None
     return text
 
 
-def prompt_ids(messages: Sequence[Message | Mapping[str, Any]], tokenizer: Any) -> list[int]:
+def prompt_ids(
+    messages: Sequence[Message | Mapping[str, Any]],
+    tokenizer: Any,
+    *,
+    tools: Sequence[Mapping[str, Any]] = (),
+) -> list[int]:
     """The token ids of `render_prompt`; the template's text holds BOS already if it wants one."""
-    text = render_prompt(messages, tokenizer)
+    text = render_prompt(messages, tokenizer, tools=tools)
     return list(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
 
 
@@ -122,7 +136,13 @@ def _to_message(message: Mapping[str, Any]) -> Message:
     return read_turns([message], "messages", Place("", 0))[0]
 
 
-def _adds_bos(tokenizer: Any) -> bool:
+def refuse_control_tokens(conversation: Conversation, tokenizer: Any) -> None:
+    """Raise DataError where a text holds what the tokenizer reads as a control token."""
+    _refuse_control_tokens(conversation, _control_tokens(tokenizer))
+
+
+def adds_bos(tokenizer: Any) -> bool:
+    """Whether the tokenizer puts BOS before a text by itself."""
     ids = tokenizer("a", verbose=False).input_ids
     return bool(ids) and tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id
 

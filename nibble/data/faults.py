@@ -168,6 +168,32 @@ FAULTS: dict[str, tuple[str, str]] = {
         'the cell "{field}" is not JSON that a row may hold: {why}',
         "write the turns as a JSON list",
     ),
+    # questions with choices
+    "no-choices": (
+        "the row has the columns {columns}, expected a question, its choices and the right one",
+        "write question, choices (a list of texts) and answer (number from 0, or text)",
+    ),
+    "few-choices": (
+        'the list "{field}" has {found} choices, expected two at least',
+        "add choices or remove the row",
+    ),
+    "label-count": (
+        "there are {num_labels} labels for {num_choices} choices",
+        "write one label a choice",
+    ),
+    "wrong-choice": (
+        'the field "{field}" is {found}, which names none of the {num_choices} choices, or several',
+        "write the number of the right choice from 0, its label, or its text",
+    ),
+    # questions with one answer
+    "no-question": (
+        "the row is plain text, expected a question and its answer",
+        "use rows with turns, or measure the loss of it",
+    ),
+    "no-number": (
+        "the answer holds no number, and numbers are compared",
+        "leave --last-number out, or remove the row",
+    ),
     # the template
     "control-token": (
         '{where} holds "{token}", which the model reads as a sign between turns, not as text',

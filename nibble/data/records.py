@@ -10,10 +10,10 @@ A row that is wrong is a DataError naming file, line, reason and fix: raised, or
 `on_bad_row`. Blank lines of JSONL are no rows; a UTF-8 byte order mark and CRLF are accepted.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from nibble.data.containers import (
     decode,
@@ -29,6 +29,7 @@ from nibble.data.formats import check_format_name, row_to_conversation
 from nibble.data.formats import detect_format as detect_format
 from nibble.data.turns import Conversation as Conversation
 from nibble.data.turns import Message as Message
+from nibble.data.turns import Place, kind
 from nibble.errors import DataError
 
 SUFFIXES = {
@@ -89,6 +90,43 @@ def read_records(
         raise fault("no-rows", path=path)
 
 
+def read_rows(
+    source: str | Path, *, on_bad_row: Callable[[DataError], None] | None = None
+) -> Iterator[tuple[Place, Mapping[str, Any]]]:
+    """The rows of one file or hub data set as they stand, each with its place.
+
+    Args:
+        source: As `read_records` takes it, but no plain text.
+        on_bad_row: Gets the error of each row that cannot be read, and reading goes on.
+
+    Raises:
+        DataError: A bad file, or a row that is no object.
+    """
+    path, rows = _open(str(source))
+    if rows is None:
+        known = " ".join(suffix for suffix, name in SUFFIXES.items() if name != "text")
+        raise fault("unknown-suffix", path=path, suffix=Path(path).suffix, known=known)
+    count = 0
+    for line, row in _readable(rows, path):
+        count += 1
+        place = Place(path, line)
+        if isinstance(row, Mapping) and row:
+            yield place, row
+            continue
+        error = row if isinstance(row, DataError) else _no_columns(row, place)
+        if on_bad_row is None:
+            raise error
+        on_bad_row(error)
+    if count == 0:
+        raise fault("no-rows", path=path)
+
+
+def _no_columns(row: object, place: Place) -> DataError:
+    if isinstance(row, Mapping):
+        return place.fault("empty-row")
+    return place.fault("not-object", found=kind(row))
+
+
 def _open(source: str) -> tuple[str, Iterator[Row] | None]:
     """The name to show and the rows, or None for a plain text file."""
     path = Path(source)
@@ -97,11 +135,11 @@ def _open(source: str) -> tuple[str, Iterator[Row] | None]:
     if not _exists(path) and _looks_like_hub_id(source):
         return source, rows_of_hub(source)
     refuse_bad_file(path, SUFFIXES)
-    kind = SUFFIXES[path.suffix.lower()]
-    if kind == "text":
+    container = SUFFIXES[path.suffix.lower()]
+    if container == "text":
         return str(path), None
     readers = {"json": rows_of_json, "csv": rows_of_csv, "parquet": rows_of_parquet}
-    return str(path), readers[kind](path)
+    return str(path), readers[container](path)
 
 
 def _exists(path: Path) -> bool:

@@ -127,6 +127,12 @@ ELSEWHERE = {
     "too-long",
     "no-target",
     "cannot-split",  # tests/data/test_dataset.py
+    "no-choices",  # tests/data/test_choice.py
+    "few-choices",
+    "label-count",
+    "wrong-choice",
+    "no-question",  # tests/serve/test_answers.py
+    "no-number",
 }
 BY_COMMAND = {  # tests/data/test_bad_rows.py and test_bad_files.py
     "not-regular",

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nibble.experiment.statistics import difference, estimate, t_mass, t_quantile
+from nibble.experiment.statistics import difference, estimate, proportion, t_mass, t_quantile
 
 # Source: any printed table of Student's distribution, two-sided 95 %.
 TABLE = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 9: 2.262, 10: 2.228, 30: 2.042}
@@ -63,3 +63,15 @@ def test_what_a_seed_brings_cancels_out():
         [o - t for o, t in zip([1.5, 9.4, 5.6], theirs.values(), strict=True)]
     ).is_apart_from_0
     assert difference({0: 1.0}, {1: 1.0}) is None
+
+
+# Source: Wilson's formula worked by hand with z = 1.959964.
+SHARES = {(0, 10): (0.0, 0.2775), (5, 10): (0.2366, 0.7634), (10, 10): (0.7225, 1.0)}
+
+
+@pytest.mark.parametrize(("counts", "ends"), SHARES.items())
+def test_the_interval_of_a_share(counts, ends):
+    found = proportion(*counts)
+    assert (found.low, found.high) == pytest.approx(ends, abs=1e-4)
+    assert 0 <= found.low <= found.value <= found.high <= 1
+    assert proportion(0, 0) is None
