@@ -83,6 +83,37 @@ def working(what: str) -> Iterator[Callable[[str], None]]:
         yield (lambda text: status.update(text)) if status is not None else lambda text: None
 
 
+@contextmanager
+def counting(what: str) -> Iterator[Callable[[int], Callable[[int], None]]]:
+    """A bar on stderr over so many rows; a line at each tenth where stderr is no terminal.
+
+    with counting("rows") as bar:
+        on_done = bar(total)
+        on_done(3)                  three more are done
+    """
+    console = Console(stderr=True, highlight=False)
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
+    with Progress(
+        *columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal
+    ) as shown:
+
+        def begin(total: int) -> Callable[[int], None]:
+            task = shown.add_task(what, total=total)
+            done = 0
+
+            def advance(num_more: int) -> None:
+                nonlocal done
+                tenths = done * 10 // max(1, total)
+                done += num_more
+                shown.update(task, completed=done)
+                if not console.is_terminal and done * 10 // max(1, total) > tenths:
+                    console.print(f"{what}: {done:,} of {total:,}")
+
+            return advance
+
+        yield begin
+
+
 def overrides(flags: Mapping[str, str], data: Sequence[str] | None) -> list[str]:
     """Flags of a command as `section.key=value`; empty ones are left out."""
     found = [f"{key}={_quoted(key, value)}" for key, value in flags.items() if value]

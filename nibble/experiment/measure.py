@@ -4,20 +4,22 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from nibble.adapter.format import read_adapter
 from nibble.config import DataConfig, RunConfig
+from nibble.data.chat import NOT_TARGET
 from nibble.data.dataset import build_dataset
 from nibble.data.loader import eval_batches
 from nibble.data.packing import Row
 from nibble.errors import DataError
 from nibble.model.adapt import updates_off
 from nibble.model.load import load_base
+from nibble.serve.answers import Form, Prompt, exact_matches
 from nibble.train import folder
 from nibble.train.build import base_options
 from nibble.train.evaluate import EVAL_TOKENS, evaluate
-from nibble.train.loss import token_metrics
 
 GENERAL_FILE = Path(__file__).with_name("general.txt")
 # Tokens of an answer that is either right or wrong as a whole, its end included.
@@ -32,8 +34,8 @@ class Measured:
 
     Attributes:
         num_short: Held-out rows with short answers that were answered.
-        num_exact: Of these, how many greedily and without a mistake; in a row of several turns
-            each goes on from the true ones before it.
+        num_exact: Of these, how many greedily without a mistake, up to white space: of several
+            turns the last one, after the true ones before it.
         general_before: Loss on the general text in nats per token, of the base as it is stored.
         general_after: The same after training.
         num_general_tokens: Tokens of that loss.
@@ -77,11 +79,16 @@ def measure(out: Path, general: str = "") -> dict[str, Any]:
             before = _loss(after, rows, device)
     held_out = build_dataset(run.data, tokenizer, seed=run.train.seed).eval
     short = [row for row in held_out if row.num_target_tokens <= SHORT_TOKENS][:MOST_ROWS]
+    general_after = _loss(after, rows, device)
+    prompts = [_row_to_prompt(row, tokenizer) for row in short]
+    told = exact_matches(
+        after, tokenizer, prompts, Form(), max_new_tokens=SHORT_TOKENS, whole=False
+    )
     measured = Measured(
         num_short=len(short),
-        num_exact=sum(_is_exact(after, row, device) for row in short),
+        num_exact=sum(each.is_exact for each in told),
         general_before=before,
-        general_after=_loss(after, rows, device),
+        general_after=general_after,
         num_general_tokens=sum(row.num_target_tokens for row in rows),
     )
     return asdict(measured)
@@ -99,8 +106,13 @@ def _loss(model: Any, rows: list[Row], device: torch.device) -> float:
     return evaluate(model, batches, device=device).loss
 
 
-def _is_exact(model: Any, row: Row, device: torch.device) -> bool:
-    """Whether every token of the answer is the likeliest: then greedy decoding gives it."""
-    (batch,) = eval_batches([row], max_tokens=1)
-    _, num_right, num_tokens = token_metrics(model, batch.to(device))
-    return num_right == num_tokens
+def _row_to_prompt(row: Row, tokenizer: Any) -> Prompt:
+    """The tokens before the last answer of a row, and the text of that answer.
+
+    Targets at 3 4 5 and 9 10: the prompt is 0 to 8, the answer 9 and 10.
+    """
+    targets = np.flatnonzero(row.labels != NOT_TARGET)
+    starts = targets[np.diff(targets, prepend=-1) > 1]
+    ids = row.input_ids.tolist()
+    text = tokenizer.decode(ids[starts[-1] : targets[-1] + 1], skip_special_tokens=True)
+    return Prompt(ids[: starts[-1]], text, Form().of(text) or "", "", 0)
