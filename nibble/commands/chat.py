@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable
 from contextlib import closing
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -19,21 +20,25 @@ def chat(
         list[str] | None, typer.Option(help="Adapter folder, or name=folder; repeatable.")
     ] = None,
     compare: Annotated[bool, typer.Option(help="Answer with the base beside the adapter.")] = False,
-    method: Annotated[str, typer.Option(help="lora: 16-bit base; qlora: 4-bit base.")] = "lora",
+    method: Annotated[
+        str,
+        typer.Option(help="lora: 16-bit base; qlora: 4-bit base; as the adapter was trained."),
+    ] = "",
     system: Annotated[str, typer.Option(help="The turn before all others.")] = "",
     temperature: Annotated[float, typer.Option(help="0 takes the most likely token.")] = 0.0,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 256,
     seed: Annotated[int, typer.Option(help="Of the draw above temperature 0.")] = 0,
 ) -> None:
     """Chat in the terminal, or answer every line that is piped in; /help lists its commands."""
+    from nibble.commands.bases import base_options
     from nibble.commands.named import named_adapters
     from nibble.errors import UsageError
 
-    if method not in ("lora", "qlora"):
-        raise UsageError(f"--method is {method!r}, expected lora or qlora")
     folders = named_adapters(adapter or ())
     if compare and not folders:
         raise UsageError("--compare needs an adapter", fix="give --adapter DIR")
+
+    options = base_options(method, [Path(folder) for folder in folders.values()])
 
     from nibble.adapter.many import Adapters
     from nibble.commands.progress import working
@@ -43,7 +48,7 @@ def chat(
 
     sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
     with working("loading"):
-        base, tokenizer = load_base(model, "nf4" if method == "qlora" else "bf16", device=_device())
+        base, tokenizer = load_base(model, device=_device(), **options)
         adapters = Adapters(base)
         for name, folder in folders.items():
             adapters.load(name, folder)

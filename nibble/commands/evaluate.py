@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from nibble.commands import progress
+from nibble.commands.bases import base_options
 
 if TYPE_CHECKING:
     from nibble.config import RunConfig
@@ -27,7 +28,10 @@ def evaluate(
     model: Annotated[str, typer.Option(help="Hub id or local folder.")],
     data: Annotated[str, typer.Option(help="Examples to measure on.")],
     adapter: Annotated[str, typer.Option(help="Adapter folder.")] = "",
-    method: Annotated[str, typer.Option(help="lora: 16-bit base; qlora: 4-bit base.")] = "lora",
+    method: Annotated[
+        str,
+        typer.Option(help="lora: 16-bit base; qlora: 4-bit base; as the adapter was trained."),
+    ] = "",
     task: Annotated[str, typer.Option(help="loss, exact-match or multiple-choice.")] = "loss",
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many rows.")] = None,
     predictions: Annotated[str, typer.Option(help="Write each row's answer to this file.")] = "",
@@ -60,8 +64,11 @@ def evaluate(
     quoted = [
         f"{k}={progress.to_json(v)}" for k, v in {"model.name": model, "data.train": data}.items()
     ]
-    run = load_config(None, [*quoted, f"method={method}", *(set_ or [])])
-    base, tokenizer = _load(run, adapter)
+    run = load_config(None, [*quoted, f"method={method or 'lora'}", *(set_ or [])])
+    options = base_options(method, [Path(adapter)] if adapter else [])
+    if method or not adapter:
+        options = _options_of(run)
+    base, tokenizer = _load(model, adapter, options)
     if task == "loss":
         values = _loss(run, base, tokenizer, limit)
     else:
@@ -93,17 +100,18 @@ def _check(task: str, given: dict[str, Any], predictions: str) -> None:
         raise UsageError(f"--predictions {predictions}: there is no such folder", fix="make it")
 
 
-def _load(run: "RunConfig", adapter: str) -> tuple[Any, Any]:
+def _options_of(run: "RunConfig") -> dict[str, Any]:
+    from nibble.train.build import base_options as of_run
+
+    return {key: of_run(run)[key] for key in ("storage", "dtype", "quant")}
+
+
+def _load(model: str, adapter: str, options: dict[str, Any]) -> tuple[Any, Any]:
     from nibble.adapter.format import read_adapter
     from nibble.model.load import load_base
 
-    storage = run.quant.type if run.method == "qlora" else "bf16"
-    if run.model.dtype == "float32" and storage == "bf16":
-        storage = "float32"
     with progress.working("loading"):
-        base, tokenizer = load_base(
-            run.model.name, storage, quant=run.quant.model_dump(exclude={"type"})
-        )
+        base, tokenizer = load_base(model, **options)
         if adapter:
             read_adapter(base, adapter)
     return base, tokenizer

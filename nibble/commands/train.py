@@ -84,8 +84,7 @@ def train(
     typer.echo(f"peak memory    {size(result.peak_memory_bytes)}")
     typer.echo(f"speed          {result.tokens_per_s:,.0f} tokens/s")
     flag = "--model" if is_full else f"--model {run.model.name} --adapter"
-    method = " --method qlora" if _is_qlora(result.out) else ""
-    typer.echo(f"try it         nibble chat {flag} {result.adapter}{method}", err=True)
+    typer.echo(f"try it         nibble chat {flag} {result.adapter}", err=True)
 
 
 def _check_serving(run: Any, target: str) -> None:
@@ -102,10 +101,3 @@ def _check_serving(run: Any, target: str) -> None:
     update = Update(run.lora.rank, layers, has_experts and (is_whole or "experts" in layers))
     for note in check_limits(target, update, values["model_type"]):
         typer.echo(f"note: {note}", err=True)
-
-
-def _is_qlora(out: Path) -> bool:
-    from nibble.train import folder
-
-    run = folder.read_run(out)
-    return run is not None and run.method == "qlora"
