@@ -130,7 +130,9 @@ def read_base_options(folder: str | Path) -> dict[str, Any]:
     Raises:
         AdapterError: If the file is missing or broken.
     """
-    path = adapter_folder(folder) / WEIGHTS_FILE
+    folder = adapter_folder(folder)
+    read_adapter_config(folder)
+    path = folder / WEIGHTS_FILE
     _read_entries(path)
     text = read_metadata(path).get(_BASE_KEY)
     if text is None:
