@@ -88,12 +88,22 @@ def write_file(path: Path, pieces: Iterable[bytes | memoryview]) -> str:
     digest = hashlib.sha256()
     with path.open("xb", buffering=0) as file:
         for piece in pieces:
-            fault("disk.before_write", path)
-            _write_all(file.fileno(), memoryview(piece).cast("B"))
+            write_piece(file.fileno(), path, piece)
             digest.update(piece)
-        fault("disk.before_fsync", path)
-        os.fsync(file.fileno())
+        flush_file(file.fileno(), path)
     return digest.hexdigest()
+
+
+def write_piece(descriptor: int, path: Path, piece: bytes | memoryview) -> None:
+    """Write to an open file where it stands."""
+    fault("disk.before_write", path)
+    _write_all(descriptor, memoryview(piece).cast("B"))
+
+
+def flush_file(descriptor: int, path: Path) -> None:
+    """Flush an open file to the disk."""
+    fault("disk.before_fsync", path)
+    os.fsync(descriptor)
 
 
 def replace_file(path: Path, *pieces: bytes | memoryview) -> None:

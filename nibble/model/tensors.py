@@ -11,7 +11,6 @@ Source:
 """
 
 import json
-import os
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nibble.disk import fault, write_file
+from nibble.disk import flush_file, write_file, write_piece
 from nibble.errors import DiskError, ModelError
 from nibble.model.folder import LARGEST_JSON_BYTES, parse_json
 
@@ -182,8 +181,8 @@ def tensor_file(
     """
     text, places = _lay_out(specs, metadata)
     missing = set(places)
-    with path.open("xb") as file:
-        file.write(text)
+    with path.open("xb", buffering=0) as file:
+        write_piece(file.fileno(), path, text)
 
         def write(name: str, pieces: Iterable[Tensor]) -> None:
             file.seek(len(text) + places[name])
@@ -193,8 +192,7 @@ def tensor_file(
                     raise ValueError(f"{name}: a piece of {piece.dtype}, not {specs[name].dtype}")
                 num_bytes += piece.nbytes
                 for part in _bytes_of(piece):
-                    fault("disk.before_write", path)
-                    file.write(part)
+                    write_piece(file.fileno(), path, part)
             if num_bytes != specs[name].num_bytes:
                 raise ValueError(f"{name}: {num_bytes} bytes, not {specs[name].num_bytes}")
             missing.discard(name)
@@ -202,9 +200,7 @@ def tensor_file(
         yield write
         if missing:
             raise ValueError(f"{path}: nothing was written for {sorted(missing)[:3]}")
-        file.flush()
-        fault("disk.before_fsync", path)
-        os.fsync(file.fileno())
+        flush_file(file.fileno(), path)
 
 
 def _lay_out(

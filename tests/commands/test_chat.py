@@ -92,7 +92,7 @@ def _interrupt_until_it_ends(terminal, pid):
     return os.waitpid(pid, 0)[1]
 
 
-def _wait_for(terminal, mark, *, skip=b"", seconds=60):
+def _wait_for(terminal, mark, *, skip=b"", seconds=120):
     """What the terminal got until `mark` stands after `skip`."""
     seen, end = b"", time.monotonic() + seconds
     while mark not in seen[seen.find(skip) :] or skip not in seen:

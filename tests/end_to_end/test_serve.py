@@ -24,7 +24,12 @@ class Served:
     def __init__(self, *words, env=None):
         command = [sys.executable, "-m", "nibble", "serve", "--port", "0", *map(str, words)]
         self.process = subprocess.Popen(
-            command, stderr=subprocess.PIPE, text=True, env={**os.environ, **(env or {})}
+            command,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **(env or {})},
+            # Tests that run in the background of a shell ignore it, and so would the server.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )
         self.said = {}
         while "try" not in self.said:
