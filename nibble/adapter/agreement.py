@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nibble.data.loader import Batch, eval_batches
+from nibble.data.loader import Batch, eval_batches, next_labels
 from nibble.data.packing import Row
 from nibble.kernels.cross_entropy import IGNORED
 from nibble.model.families import Head, head_of, hidden_states
@@ -69,7 +69,7 @@ def predict(model: Any, batches: Iterable[Batch]) -> Predictions:
     hidden, labels = [], []
     for batch in batches:
         moved = batch.to(head.weight.device)
-        next_T = F.pad(moved.labels.flatten()[1:], (0, 1), value=IGNORED)
+        next_T = next_labels(moved.labels)
         targets = (next_T != IGNORED).nonzero().flatten()
         hidden.append(hidden_states(model, moved, targets)[targets])
         labels.append(next_T[targets])

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nibble.data.packing import Row
+from nibble.data.packing import NOT_TARGET, Row
 
 
 @dataclass(frozen=True)
@@ -182,6 +182,21 @@ def rows_to_batch(rows: Sequence[Row], row_ids: Sequence[int]) -> Batch:
         num_target_tokens=sum(row.num_target_tokens for row in rows),
         row_ids=tuple(row_ids),
     )
+
+
+def next_labels(labels: Tensor) -> Tensor:
+    """The label that each position predicts; the last position predicts none.
+
+    The labels move by one position here and nowhere else.
+
+    Shapes:
+        labels: (1, T) -> (T,).
+
+    >>> next_labels(torch.tensor([[-100, 5, 6]])).tolist()
+    [5, 6, -100]
+    """
+    labels_T = labels.flatten()
+    return torch.cat([labels_T[1:], labels_T.new_full((1,), NOT_TARGET)])
 
 
 def _joined(parts: Sequence[np.ndarray]) -> Tensor:

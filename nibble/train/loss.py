@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from nibble.data.loader import Batch
+from nibble.data.loader import Batch, next_labels
 from nibble.kernels.cross_entropy import IGNORED, head_cross_entropy, head_metrics
 from nibble.model.families import head_of, hidden_states
 from nibble.model.sharding import within
@@ -16,7 +16,7 @@ def token_loss(
 
         loss_sum = - sum over t with labels[t + 1] >= 0 of log p(labels[t + 1] | tokens <= t)
 
-    The labels move by one position here and nowhere else. Whole logits never exist.
+    Whole logits never exist.
 
     Args:
         autocast: Type of the products when the weights are wider (full fine-tuning keeps them in
@@ -63,16 +63,3 @@ def _head_inputs(
         hidden_TD = hidden_states(model, batch, (labels_T != IGNORED).nonzero().flatten())
     dtype = autocast or hidden_TD.dtype
     return hidden_TD.to(dtype), head_of(model).weight.to(dtype), labels_T
-
-
-def next_labels(labels: Tensor) -> Tensor:
-    """The label that each position predicts; the last position predicts none.
-
-    Shapes:
-        labels: (1, T) -> (T,).
-
-    >>> next_labels(torch.tensor([[-100, 5, 6]])).tolist()
-    [5, 6, -100]
-    """
-    labels_T = labels.flatten()
-    return torch.cat([labels_T[1:], labels_T.new_full((1,), IGNORED)])

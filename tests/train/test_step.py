@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from nibble.data.chat import Example
-from nibble.data.loader import Loader, rows_to_batch
+from nibble.data.loader import Loader, next_labels, rows_to_batch
 from nibble.data.packing import pack
 from nibble.errors import NonFiniteError
 from nibble.model.adapt import adapt
 from nibble.model.load import load_base
-from nibble.train.loss import next_labels, token_loss
+from nibble.train.loss import token_loss
 from nibble.train.optimizer import AdamW, parameter_groups
 from nibble.train.step import train_step
 
