@@ -145,7 +145,8 @@ def _build_key(compiler: str, source: Path, flags: tuple[str, ...]) -> str:
         [compiler, "--version"], check=True, capture_output=True, timeout=COMPILE_TIMEOUT_S
     ).stdout
     words = " ".join([*FLAGS, *flags, compiler])
-    parts = (source.read_bytes(), words.encode(), version, _cpu())
+    headers = [path.read_bytes() for path in sorted(source.parent.glob("*.h"))]
+    parts = (source.read_bytes(), *headers, words.encode(), version, _cpu())
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:20]
 
 

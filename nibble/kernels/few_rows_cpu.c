@@ -13,6 +13,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "nf4_weight.h"
+
 #if defined(__AVX512BW__) || defined(__AVX2__)
 #include <immintrin.h>
 #endif
@@ -23,7 +25,7 @@
 #endif
 
 enum { FLOAT32 = 0, BFLOAT16 = 1 };
-enum { NESTED_BLOCK = 256, LANES = 16, CHUNK = 64 };
+enum { LANES = 16, CHUNK = 64 };
 /* Rows of W and of x that are multiplied at once: their sums fill half of the registers. */
 enum { TILE = 4 };
 /* So that sums stay in registers. */
@@ -33,16 +35,6 @@ typedef uint16_t bfloat16;
 typedef float Floats __attribute__((vector_size(64)));
 typedef uint32_t Words __attribute__((vector_size(64)));
 typedef uint16_t Halves __attribute__((vector_size(32)));
-
-typedef struct {
-    const uint8_t *codes;
-    const float *codebook;      /* 16 values */
-    const void *absmax;         /* float, or uint8_t when `nested` is given */
-    const float *map;           /* 256 values */
-    const float *nested;        /* NULL without double quantisation */
-    const float *offset;
-    int64_t block_size;
-} Weight;
 
 /* What a call multiplies. `dense` is NULL for a weight in 4 bits. */
 typedef struct {
@@ -94,13 +86,6 @@ static inline int64_t up_to(int64_t count, int64_t multiple)
 static inline int64_t least(int64_t a, int64_t b)
 {
     return a < b ? a : b;
-}
-
-static inline float scale_of(const Weight *w, int64_t block)
-{
-    if (!w->nested)
-        return ((const float *)w->absmax)[block];
-    return w->map[((const uint8_t *)w->absmax)[block]] * w->nested[(uint64_t)block / NESTED_BLOCK] + *w->offset;
 }
 
 static void write(const Product *p, int64_t row, int64_t column, float sum)

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from nibble.kernels.compiled import in_parts, load_compiled
+from nibble.kernels.nf4_cpu import c_weight
 from nibble.kernels.nf4_reference import (
-    CODEBOOKS,
-    DYNAMIC_MAP,
     Quantized,
     decode_reference,
     quantize_scales,
@@ -29,15 +28,6 @@ PRODUCTS_PER_THREAD = 1 << 20
 _TILE = 4
 _KINDS = {torch.float32: 0, torch.bfloat16: 1}
 _POINTER, _INT64 = ctypes.c_void_p, ctypes.c_int64
-
-
-class _Weight(ctypes.Structure):
-    """`Weight` of few_rows_cpu.c."""
-
-    _fields_ = (
-        *((name, _POINTER) for name in ("codes", "codebook", "absmax", "map", "nested", "offset")),
-        ("block_size", _INT64),
-    )
 
 
 class _Product(ctypes.Structure):
@@ -62,9 +52,7 @@ class StoredWeight:
         self.rows = rows or slice(0, q.numel // num_in)
         self.shape = self.rows.stop - self.rows.start, num_in
         self.quantized = q
-        parts = q.codes, CODEBOOKS[q.type], q.absmax, DYNAMIC_MAP, q.nested_absmax, q.offset
-        addresses = [None if part is None else part.data_ptr() for part in parts]
-        self._weight = _Weight(*addresses, q.block_size)
+        self._weight = c_weight(q)
         self.address = ctypes.addressof(self._weight)
 
     def is_of(self, codes: Tensor) -> bool:

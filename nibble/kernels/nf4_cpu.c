@@ -12,12 +12,14 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "nf4_weight.h"
+
 #if defined(__AVX512BW__) || defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
 enum { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
-enum { NESTED_BLOCK = 256, MAX_BLOCK = 4096 };
+enum { MAX_BLOCK = 4096 };
 
 const char *nibble_instructions(void)
 {
@@ -67,28 +69,11 @@ static uint16_t to_float16(float value)
 
 /* ---- decode ---------------------------------------------------------------------------------- */
 
-typedef struct {
-    const uint8_t *codes;
-    const float *codebook;      /* 16 values */
-    const void *absmax;         /* float, or uint8_t when `nested` is given */
-    const float *map;           /* 256 values */
-    const float *nested;        /* NULL without double quantisation */
-    const float *offset;
-    int64_t block_size;
-} Weight;
-
 typedef union {
     float f32[16];
     uint32_t u32[16];
     uint16_t u16[16];
 } Table;
-
-static float scale_of(const Weight *w, int64_t block)
-{
-    if (!w->nested)
-        return ((const float *)w->absmax)[block];
-    return w->map[((const uint8_t *)w->absmax)[block]] * w->nested[block / NESTED_BLOCK] + *w->offset;
-}
 
 static void fill_table(Table *table, const float *codebook, float scale, int kind)
 {

@@ -38,8 +38,8 @@ SEARCHED_PER_THREAD = 1 << 13
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
-class _Weight(ctypes.Structure):
-    """`Weight` of nf4_cpu.c."""
+class CWeight(ctypes.Structure):
+    """`Weight` of nf4_weight.h."""
 
     _fields_ = (
         ("codes", ctypes.c_void_p),
@@ -50,6 +50,13 @@ class _Weight(ctypes.Structure):
         ("offset", ctypes.c_void_p),
         ("block_size", ctypes.c_int64),
     )
+
+
+def c_weight(q: Quantized) -> CWeight:
+    """Addresses of the parts of a stored weight, valid while it is there."""
+    parts = q.codes, CODEBOOKS[q.type], q.absmax, DYNAMIC_MAP, q.nested_absmax, q.offset
+    addresses = [None if part is None else part.data_ptr() for part in parts]
+    return CWeight(*addresses, q.block_size)
 
 
 class _Search(ctypes.Structure):
@@ -155,15 +162,7 @@ class Library:
 
     def decode(self, q: Quantized, out_flat: Tensor, start: int) -> None:
         """As `decode_reference`."""
-        weight = _Weight(
-            q.codes.data_ptr(),
-            CODEBOOKS[q.type].data_ptr(),
-            q.absmax.data_ptr(),
-            DYNAMIC_MAP.data_ptr(),
-            None if q.nested_absmax is None else q.nested_absmax.data_ptr(),
-            None if q.offset is None else q.offset.data_ptr(),
-            q.block_size,
-        )
+        weight = c_weight(q)
         kind, address, width = _KINDS[out_flat.dtype], out_flat.data_ptr(), out_flat.itemsize
 
         def work(first: int, stop: int) -> None:
